@@ -1,0 +1,1 @@
+"""moesaic: turn a dense language model into a mosaic of experts."""
