@@ -1,0 +1,1 @@
+"""What a mixture-of-experts layer is; needs torch alone."""

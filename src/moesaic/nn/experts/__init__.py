@@ -1,0 +1,1 @@
+"""Experts: what a token is sent through."""

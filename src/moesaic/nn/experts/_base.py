@@ -1,0 +1,63 @@
+"""The interface of a set of experts, and what gated and plain ones share.
+
+Shapes: T tokens, E experts, F width of one expert, D model width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from moesaic.nn.routing import Routing
+from moesaic.ops.masked import experts_masked
+from moesaic.ops.select import Backend, apply_experts
+from moesaic.ops.weights import ExpertWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """Settings of feed-forward experts.
+
+    Attributes:
+        activation: Name of the activation, as transformers spells it.
+        bias: Whether the up product has a bias. A bias of the down product belongs to the layer.
+    """
+
+    activation: str = "silu"
+    bias: bool = False
+
+
+class Experts(nn.Module, ABC):
+    """E feed-forward experts of equal width.
+
+    Attributes:
+        num_experts: E.
+        width: F, neurons of one expert.
+        backend: Path that computes them; `auto` chooses (see `moesaic.ops.select`).
+    """
+
+    num_experts: int
+    width: int
+    backend: Backend = "auto"
+
+    @abstractmethod
+    def weights(self) -> ExpertWeights:
+        """Give the weights to an expert path."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw fresh weights."""
+
+    def forward(self, h_TD: Tensor, routing: Routing) -> Tensor:
+        """Sum the weighted outputs of each token's experts, [T, D]."""
+        return apply_experts(h_TD, routing.ids_TK, routing.weights_TK, self.weights(), self.backend)
+
+    def dense(self, h_TD: Tensor) -> Tensor:
+        """Sum all experts at weight one: the dense FFN, [T, D]."""
+        return experts_masked(h_TD, None, self.weights())
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        return f"experts={self.num_experts}, width={self.width}, backend={self.backend}"

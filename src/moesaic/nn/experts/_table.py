@@ -1,0 +1,25 @@
+"""The experts, by name."""
+
+from __future__ import annotations
+
+from moesaic._registry import MethodInfo, MethodTable
+
+EXPERTS = MethodTable(
+    "experts",
+    [
+        MethodInfo(
+            name="gated",
+            target="moesaic.nn.experts.gated:GatedExperts",
+            config="moesaic.nn.experts._base:ExpertsConfig",
+            summary="down(act(gate h) * (up h)): Llama, Mistral, Qwen, Gemma, Phi, OLMo",
+            paper="GLU variants, arXiv 2002.05202",
+        ),
+        MethodInfo(
+            name="plain",
+            target="moesaic.nn.experts.plain:PlainExperts",
+            config="moesaic.nn.experts._base:ExpertsConfig",
+            summary="down(act(up h)): GPT-2, OPT, GPT-NeoX",
+            paper="Transformer, arXiv 1706.03762, section 3.3",
+        ),
+    ],
+)

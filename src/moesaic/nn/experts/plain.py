@@ -1,0 +1,49 @@
+"""Feed-forward experts without a gate.
+
+Source: Transformer, arXiv 1706.03762, section 3.3.
+
+Shapes: E experts, F width of one expert, D model width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moesaic.nn.experts._base import Experts, ExpertsConfig
+from moesaic.ops.weights import ExpertWeights, activation
+
+
+class PlainExperts(Experts):
+    """Experts down(act(up h)).
+
+    Args:
+        dim: D.
+        num_experts: E.
+        width: F.
+        config: Settings.
+    """
+
+    def __init__(self, dim: int, num_experts: int, width: int, config: ExpertsConfig) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.width = width
+        self.act_fn = activation(config.activation)
+        # Names and layout [E, F, D], [E, D, F] are part of the checkpoint format.
+        self.up_proj = nn.Parameter(torch.empty(num_experts, width, dim))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, dim, width))
+        self.up_proj_bias = nn.Parameter(torch.empty(num_experts, width)) if config.bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw small random weights; biases start at zero."""
+        nn.init.normal_(self.up_proj, std=0.02)
+        nn.init.normal_(self.down_proj, std=0.02)
+        if self.up_proj_bias is not None:
+            nn.init.zeros_(self.up_proj_bias)
+
+    def weights(self) -> ExpertWeights:
+        """Give the weights to an expert path."""
+        return ExpertWeights(
+            self.up_proj, self.down_proj, self.up_proj_bias, self.act_fn, gated=False
+        )

@@ -1,0 +1,165 @@
+"""A mixture-of-experts layer: router, experts, combine, and what is always on.
+
+Shapes: T tokens, D model width, E experts, F width of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic._config import build_config
+from moesaic._errors import InputError
+from moesaic.nn.experts._base import Experts, ExpertsConfig
+from moesaic.nn.experts._table import EXPERTS
+from moesaic.nn.routers._base import Router, RouterState
+from moesaic.nn.routers._table import ROUTERS
+from moesaic.nn.routing import Routing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerConfig:
+    """One layer as data; it is saved in the checkpoint's config.
+
+    Attributes:
+        num_experts: E; 0 for a layer that has only its shared part.
+        width: F.
+        shared_width: Neurons that are always on.
+        output_bias: Whether a bias is added to the output, whatever is on.
+        router: Name of the router; empty when there are no routed experts.
+        router_options: Its settings.
+        experts: Name of the kind of experts.
+        activation: Name of the activation.
+        bias: Whether the up products have a bias.
+    """
+
+    num_experts: int
+    width: int = 0
+    shared_width: int = 0
+    output_bias: bool = False
+    router: str = ""
+    router_options: Mapping[str, Any] = field(default_factory=dict)
+    experts: str = "gated"
+    activation: str = "silu"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 0 or self.width < 0 or self.shared_width < 0:
+            raise InputError(
+                f"num_experts, width and shared_width must be at least 0, got {self.num_experts}, "
+                f"{self.width} and {self.shared_width}; the checkpoint's config is damaged"
+            )
+        if self.num_experts and not self.router:
+            raise InputError(f"a layer of {self.num_experts} experts needs a router; name one")
+
+
+class MoELayer(nn.Module):
+    """Router, experts and combine, in the place of a feed-forward network.
+
+    It maps [..., D] to [..., D], so it stands wherever a feed-forward network stood. What was
+    routed is read with `record_routing`.
+
+    Args:
+        dim: D.
+        config: The layer as data.
+    """
+
+    def __init__(self, dim: int, config: LayerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dim = dim
+        options = ExpertsConfig(activation=config.activation, bias=config.bias)
+        make_experts: type[Experts] = EXPERTS.load(config.experts)
+        self.router: Router | None = None
+        self.experts: Experts | None = None
+        self.shared: Experts | None = None
+        if config.num_experts:
+            settings = build_config(
+                ROUTERS.load_config(config.router),
+                config.router_options,
+                where=f"router {config.router}",
+            )
+            self.router = ROUTERS.load(config.router)(dim, config.num_experts, settings)
+            self.experts = make_experts(dim, config.num_experts, config.width, options)
+        if config.shared_width:
+            self.shared = make_experts(dim, 1, config.shared_width, options)
+        self.output_bias = nn.Parameter(torch.zeros(dim)) if config.output_bias else None
+        # Set by `all_experts_on`: the layer then is its dense parent.
+        self.all_on = False
+
+    def forward(self, h: Tensor, state: RouterState | None = None) -> Tensor:
+        """Route the tokens, apply their experts and add what is always on.
+
+        Args:
+            h: Inputs, [..., D].
+            state: What some routers need of other layers or steps.
+
+        Returns:
+            Outputs, in the shape and dtype of h.
+        """
+        h_TD = h.reshape(-1, self.dim)
+        out_TD: Tensor | None = None
+        if self.router is not None and self.experts is not None:
+            if self.all_on:
+                out_TD = self.experts.dense(h_TD)
+            else:
+                out_TD = self.experts(h_TD, self.router(h_TD, state))
+        if self.shared is not None:
+            shared_TD = self.shared.dense(h_TD)
+            out_TD = shared_TD if out_TD is None else out_TD + shared_TD
+        if out_TD is None:
+            out_TD = torch.zeros_like(h_TD)
+        if self.output_bias is not None:
+            out_TD = out_TD + self.output_bias.to(out_TD.dtype)
+        return out_TD.reshape(h.shape)
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers of a model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
+
+
+@contextmanager
+def all_experts_on(model: nn.Module) -> Iterator[None]:
+    """Make every layer compute all experts at weight one, routers unasked, while it lasts.
+
+    A model cut out of a dense one is then that dense model: the teacher of its own distillation.
+    """
+    layers = moe_layers(model)
+    before = [layer.all_on for layer in layers]
+    for layer in layers:
+        layer.all_on = True
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.all_on = value
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
+    """Collect the routing of every layer that has a router, in the order they run.
+
+    The hooks are gone when the block ends, so a backward pass that recomputes a layer is not
+    recorded twice.
+    """
+    routings: list[Routing] = []
+
+    def keep(module: nn.Module, args: object, routing: Routing) -> None:
+        routings.append(routing)
+
+    handles = [
+        layer.router.register_forward_hook(keep)
+        for layer in moe_layers(model)
+        if layer.router is not None
+    ]
+    try:
+        yield routings
+    finally:
+        for handle in handles:
+            handle.remove()

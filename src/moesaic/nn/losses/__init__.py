@@ -1,0 +1,1 @@
+"""Losses on a routing: pure functions of the routing and the token mask."""

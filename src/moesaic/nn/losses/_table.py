@@ -1,0 +1,51 @@
+"""The losses, by name."""
+
+from __future__ import annotations
+
+from moesaic._registry import MethodInfo, MethodTable
+
+LOSSES = MethodTable(
+    "loss",
+    [
+        MethodInfo(
+            name="entropy",
+            target="moesaic.nn.losses.entropy:entropy_loss",
+            config="moesaic.nn.losses._base:LossConfig",
+            summary="Entropy of the router's softmax: keeps a variable count from growing",
+            paper="Dynamic routing, arXiv 2403.07652",
+            abilities=frozenset({"softmax"}),
+        ),
+        MethodInfo(
+            name="load-balance",
+            target="moesaic.nn.losses.load_balance:load_balance_loss",
+            config="moesaic.nn.losses.load_balance:LoadBalanceConfig",
+            summary="E * sum of load times probability, over the batch or per sequence",
+            paper="Switch Transformer, arXiv 2101.03961; per sequence: DeepSeek-V3, 2412.19437",
+            abilities=frozenset({"softmax"}),
+        ),
+        MethodInfo(
+            name="null-balance",
+            target="moesaic.nn.losses.null_balance:null_balance_loss",
+            config="moesaic.nn.losses._base:LossConfig",
+            summary="Load balance in which all null experts share one averaged load",
+            paper="AdaMoE, arXiv 2406.13233",
+            abilities=frozenset({"softmax"}),
+        ),
+        MethodInfo(
+            name="sparsity",
+            target="moesaic.nn.losses.sparsity:sparsity_loss",
+            config="moesaic.nn.losses.sparsity:SparsityConfig",
+            summary="Mean of the gates that are on: pushes active experts off",
+            paper="DSMoE, arXiv 2502.12455",
+            abilities=frozenset({"sigmoid"}),
+        ),
+        MethodInfo(
+            name="z-loss",
+            target="moesaic.nn.losses.z_loss:z_loss",
+            config="moesaic.nn.losses._base:LossConfig",
+            summary="Squared log-sum-exp of the scores: keeps logits small",
+            paper="ST-MoE, arXiv 2202.08906",
+            abilities=frozenset({"softmax"}),
+        ),
+    ],
+)

@@ -1,0 +1,43 @@
+"""The routers, by name."""
+
+from __future__ import annotations
+
+from moesaic._registry import MethodInfo, MethodTable
+
+ROUTERS = MethodTable(
+    "router",
+    [
+        MethodInfo(
+            name="null-experts",
+            target="moesaic.nn.routers.null_experts:NullExperts",
+            config="moesaic.nn.routers.null_experts:NullExpertsConfig",
+            summary="Top-k over real and null experts; a null one costs nothing",
+            paper="AdaMoE, arXiv 2406.13233",
+            abilities=frozenset({"softmax", "top-k", "variable"}),
+        ),
+        MethodInfo(
+            name="sigmoid-threshold",
+            target="moesaic.nn.routers.sigmoid_threshold:SigmoidThreshold",
+            config="moesaic.nn.routers.sigmoid_threshold:SigmoidThresholdConfig",
+            summary="One sigmoid gate per expert, on above a threshold; straight-through",
+            paper="DSMoE, arXiv 2502.12455",
+            abilities=frozenset({"sigmoid", "variable", "may-choose-none"}),
+        ),
+        MethodInfo(
+            name="top-p",
+            target="moesaic.nn.routers.top_p:TopP",
+            config="moesaic.nn.routers.top_p:TopPConfig",
+            summary="Adds experts until their probability reaches a threshold",
+            paper="Dynamic routing, arXiv 2403.07652",
+            abilities=frozenset({"softmax", "variable"}),
+        ),
+        MethodInfo(
+            name="topk-softmax",
+            target="moesaic.nn.routers.topk_softmax:TopKSoftmax",
+            config="moesaic.nn.routers.topk_softmax:TopKSoftmaxConfig",
+            summary="The k most probable experts, renormalised or not",
+            paper="Sparsely-gated MoE, arXiv 1701.06538; Mixtral, arXiv 2401.04088",
+            abilities=frozenset({"softmax", "top-k"}),
+        ),
+    ],
+)

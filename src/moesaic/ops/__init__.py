@@ -1,0 +1,1 @@
+"""The arithmetic of experts: a plain reference, the paths that replace it, and the choice."""

@@ -1,0 +1,61 @@
+"""Only the experts that were chosen: slots sorted by expert, one grouped product per matrix.
+
+Shapes: T tokens, K slots per token, N slots that hold an expert, E experts, F width of one
+expert, D model width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.ops.weights import ExpertWeights
+
+# Rows gathered at a time: bounds the memory of a long prefill to a few of these rows of D floats.
+_MAX_ROWS = 32768
+
+
+def experts_grouped(
+    h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, weights: ExpertWeights
+) -> Tensor:
+    """Sum the weighted outputs of each token's experts; same contract as the reference."""
+    num_experts = weights.num_experts
+    tokens_at_a_time = max(1, _MAX_ROWS // max(1, ids_TK.shape[1]))
+    pieces = []
+    for h, ids, slot_weights in zip(
+        h_TD.split(tokens_at_a_time),
+        ids_TK.split(tokens_at_a_time),
+        weights_TK.split(tokens_at_a_time),
+        strict=True,
+    ):
+        used_TK = (ids >= 0) & (ids < num_experts)
+        token_N, slot_N = used_TK.nonzero(as_tuple=True)
+        expert_N, order_N = ids[token_N, slot_N].sort(stable=True)
+        token_N, slot_N = token_N[order_N], slot_N[order_N]
+        y_ND = _apply_sorted(h[token_N], expert_N, weights)
+        y_ND = y_ND * slot_weights[token_N, slot_N, None].to(y_ND.dtype)
+        pieces.append(torch.zeros_like(h).index_add(0, token_N, y_ND.to(h.dtype)))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _apply_sorted(x_ND: Tensor, expert_N: Tensor, weights: ExpertWeights) -> Tensor:
+    """Apply each row's expert; rows are sorted by expert."""
+    if x_ND.shape[0] == 0:
+        return x_ND
+    counts_E = torch.bincount(expert_N, minlength=weights.num_experts)
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    z_NM = _grouped_mm(x_ND, weights.up, ends_E)
+    if weights.up_bias is not None:
+        z_NM = z_NM + weights.up_bias[expert_N]
+    return _grouped_mm(weights.activate(z_NM), weights.down, ends_E)
+
+
+def _grouped_mm(x_NI: Tensor, w_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Multiply the rows that end at `ends_E` by their expert's matrix."""
+    if x_NI.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return F.grouped_mm(x_NI, w_EOI.transpose(1, 2), offs=ends_E)
+    # grouped_mm has no float64, which gradient checks need.
+    ends = ends_E.tolist()
+    starts = [0, *ends[:-1]]
+    return torch.cat([x_NI[a:b] @ w.T for a, b, w in zip(starts, ends, w_EOI, strict=True)])

@@ -1,0 +1,39 @@
+"""The specification of grouped experts: one expert after the other, in plain torch.
+
+Shapes: T tokens, K slots per token, E experts, F width of one expert, D model width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.ops.weights import ExpertWeights
+
+
+def experts_reference(
+    h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, weights: ExpertWeights
+) -> Tensor:
+    """Sum the weighted outputs of each token's experts.
+
+    Args:
+        h_TD: Inputs, [T, D].
+        ids_TK: Expert of each slot, [T, K] int64; id E (or -1) is an empty slot.
+        weights_TK: Weight of each slot, [T, K]; ignored where the slot is empty.
+        weights: The experts.
+
+    Returns:
+        out_TD = sum over slots of weight * down(act(gate h) * (up h)), in the dtype of h.
+    """
+    out_TD = torch.zeros_like(h_TD)
+    for expert in range(weights.num_experts):
+        token_N, slot_N = (ids_TK == expert).nonzero(as_tuple=True)
+        if token_N.numel() == 0:
+            continue
+        bias = None if weights.up_bias is None else weights.up_bias[expert]
+        a_NF = weights.activate(F.linear(h_TD[token_N], weights.up[expert], bias))
+        y_ND = F.linear(a_NF, weights.down[expert])
+        weight_N1 = weights_TK[token_N, slot_N, None].to(y_ND.dtype)
+        out_TD = out_TD.index_add(0, token_N, (y_ND * weight_N1).to(out_TD.dtype))
+    return out_TD

@@ -1,0 +1,79 @@
+"""Which path computes the experts: chosen once per call, by rule, and forcible.
+
+Shapes: T tokens, K slots per token, E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moesaic.ops.grouped import experts_grouped
+from moesaic.ops.masked import experts_masked
+from moesaic.ops.reference import experts_reference
+from moesaic.ops.weights import ExpertWeights
+
+Backend = Literal["auto", "reference", "masked", "grouped"]
+
+logger = logging.getLogger(__name__)
+_said: set[str] = set()
+
+# Grouped products of narrower experts lose to the masked path in torch: their gather and scatter
+# move more bytes than the skipped neurons cost.
+_MIN_WIDTH = 128
+_FEW_TOKENS = 4
+
+
+def choose(num_tokens: int, num_slots: int, weights: ExpertWeights, *, training: bool) -> Backend:
+    """Choose a path; says which and why once per reason, at level INFO.
+
+    Args:
+        num_tokens: T of this call.
+        num_slots: K of this call; K = E means that the router decides on every expert.
+        weights: The experts.
+        training: Whether gradients are wanted.
+
+    Returns:
+        `masked` where every expert's output is needed or skipping would cost more than it saves,
+        else `grouped`.
+    """
+    if training and num_slots == weights.num_experts:
+        return _say("masked", "the router learns from every expert's output")
+    if num_slots == weights.num_experts and weights.width < _MIN_WIDTH and num_tokens > _FEW_TOKENS:
+        return _say("masked", f"experts of {weights.width} neurons are too narrow to gather")
+    return _say("grouped", "only chosen experts are computed")
+
+
+def _say(backend: Backend, why: str) -> Backend:
+    if why not in _said:
+        _said.add(why)
+        logger.info("experts run on the %s path: %s", backend, why)
+    return backend
+
+
+def apply_experts(
+    h_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    weights: ExpertWeights,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Compute `experts_reference` on the chosen path; same arguments, same result."""
+    if backend == "auto":
+        grad = torch.is_grad_enabled() and (weights_TK.requires_grad or h_TD.requires_grad)
+        backend = choose(h_TD.shape[0], ids_TK.shape[1], weights, training=grad)
+    if backend == "masked":
+        return experts_masked(h_TD, spread(ids_TK, weights_TK, weights.num_experts), weights)
+    function = experts_reference if backend == "reference" else experts_grouped
+    return function(h_TD, ids_TK, weights_TK, weights)
+
+
+def spread(ids_TK: Tensor, values_TK: Tensor, num_experts: int) -> Tensor:
+    """Spread slots over experts: [T, K] to [T, E], zero where no slot holds the expert."""
+    # Empty slots (E or -1) land in an extra column, which is cut off.
+    column_TK = torch.where(ids_TK < 0, num_experts, ids_TK)
+    out = values_TK.new_zeros(ids_TK.shape[0], num_experts + 1)
+    return out.scatter_add(1, column_TK, values_TK)[:, :num_experts]

@@ -1,0 +1,83 @@
+"""What every expert path is given: the weights, and the shape of the function they make.
+
+Shapes: T tokens, K slots per token, E experts, F width of one expert, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic._registry import unknown_name
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * (1.702 * x).sigmoid()
+
+
+# Names as transformers configs spell them.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "quick_gelu": _quick_gelu,
+    "relu": F.relu,
+    "relu2": _relu2,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """Return the activation of a name; an unknown name raises `KeyError` with the closest."""
+    if name not in ACTIVATIONS:
+        raise KeyError(unknown_name("activation", name, ACTIVATIONS))
+    return ACTIVATIONS[name]
+
+
+class ExpertWeights(NamedTuple):
+    """Weights of E experts and how they are applied.
+
+    Attributes:
+        up: Gated: [E, 2F, D], the gate rows of an expert before its up rows, out x in, the
+            layout of transformers 5. Plain: [E, F, D].
+        down: [E, D, F].
+        up_bias: [E, 2F] or [E, F], or none.
+        act: The activation function.
+        gated: Whether `up` holds gate and up rows.
+    """
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    act: Callable[[Tensor], Tensor]
+    gated: bool
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.up.shape[0]
+
+    @property
+    def width(self) -> int:
+        """F, the neurons of one expert."""
+        return self.down.shape[2]
+
+    def activate(self, z: Tensor) -> Tensor:
+        """Map the up product [..., 2F] (or [..., F]) of one expert to its neurons [..., F]."""
+        if not self.gated:
+            return self.act(z)
+        gate, up = z.chunk(2, dim=-1)
+        return self.act(gate) * up
