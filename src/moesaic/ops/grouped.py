@@ -21,6 +21,8 @@ def experts_grouped(
 ) -> Tensor:
     """Sum the weighted outputs of each token's experts; same contract as the reference."""
     num_experts = weights.num_experts
+    # A sum over slots in bfloat16 would round once per slot.
+    sum_dtype = torch.promote_types(h_TD.dtype, torch.float32)
     tokens_at_a_time = max(1, _MAX_ROWS // max(1, ids_TK.shape[1]))
     pieces = []
     for h, ids, slot_weights in zip(
@@ -34,8 +36,9 @@ def experts_grouped(
         expert_N, order_N = ids[token_N, slot_N].sort(stable=True)
         token_N, slot_N = token_N[order_N], slot_N[order_N]
         y_ND = _apply_sorted(h[token_N], expert_N, weights)
-        y_ND = y_ND * slot_weights[token_N, slot_N, None].to(y_ND.dtype)
-        pieces.append(torch.zeros_like(h).index_add(0, token_N, y_ND.to(h.dtype)))
+        y_ND = y_ND.to(sum_dtype) * slot_weights[token_N, slot_N, None].to(sum_dtype)
+        out = torch.zeros_like(h, dtype=sum_dtype).index_add(0, token_N, y_ND)
+        pieces.append(out.to(h.dtype))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
@@ -47,15 +50,23 @@ def _apply_sorted(x_ND: Tensor, expert_N: Tensor, weights: ExpertWeights) -> Ten
     ends_E = counts_E.cumsum(0).to(torch.int32)
     z_NM = _grouped_mm(x_ND, weights.up, ends_E)
     if weights.up_bias is not None:
-        z_NM = z_NM + weights.up_bias[expert_N]
+        # Its gradient is a sum over all rows of an expert, which bfloat16 cannot hold.
+        bias_EM = weights.up_bias.to(torch.promote_types(z_NM.dtype, torch.float32))
+        z_NM = z_NM + bias_EM[expert_N].to(z_NM.dtype)
     return _grouped_mm(weights.activate(z_NM), weights.down, ends_E)
 
 
 def _grouped_mm(x_NI: Tensor, w_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """Multiply the rows that end at `ends_E` by their expert's matrix."""
-    if x_NI.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    device = x_NI.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # Autocast does not know grouped_mm; do what it does to the linear of the other paths.
+        dtype = torch.get_autocast_dtype(device)
+        x_NI, w_EOI = x_NI.to(dtype), w_EOI.to(dtype)
+    # grouped_mm has no float64, which gradient checks need, and wants rows of whole 16 bytes.
+    aligned = all(size * w_EOI.itemsize % 16 == 0 for size in w_EOI.shape[1:])
+    if aligned and x_NI.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return F.grouped_mm(x_NI, w_EOI.transpose(1, 2), offs=ends_E)
-    # grouped_mm has no float64, which gradient checks need.
     ends = ends_E.tolist()
     starts = [0, *ends[:-1]]
     return torch.cat([x_NI[a:b] @ w.T for a, b, w in zip(starts, ends, w_EOI, strict=True)])

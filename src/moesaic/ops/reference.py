@@ -26,7 +26,8 @@ def experts_reference(
     Returns:
         out_TD = sum over slots of weight * down(act(gate h) * (up h)), in the dtype of h.
     """
-    out_TD = torch.zeros_like(h_TD)
+    # A sum over slots in bfloat16 would round once per slot.
+    out_TD = torch.zeros_like(h_TD, dtype=torch.promote_types(h_TD.dtype, torch.float32))
     for expert in range(weights.num_experts):
         token_N, slot_N = (ids_TK == expert).nonzero(as_tuple=True)
         if token_N.numel() == 0:
@@ -34,6 +35,6 @@ def experts_reference(
         bias = None if weights.up_bias is None else weights.up_bias[expert]
         a_NF = weights.activate(F.linear(h_TD[token_N], weights.up[expert], bias))
         y_ND = F.linear(a_NF, weights.down[expert])
-        weight_N1 = weights_TK[token_N, slot_N, None].to(y_ND.dtype)
-        out_TD = out_TD.index_add(0, token_N, (y_ND * weight_N1).to(out_TD.dtype))
-    return out_TD
+        weight_N1 = weights_TK[token_N, slot_N, None].to(out_TD.dtype)
+        out_TD = out_TD.index_add(0, token_N, y_ND.to(out_TD.dtype) * weight_N1)
+    return out_TD.to(h_TD.dtype)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic._errors import UnknownNameError
 from moesaic._registry import unknown_name
 
 
@@ -41,9 +42,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """Return the activation of a name; an unknown name raises `KeyError` with the closest."""
+    """Return the activation of a name; an unknown name raises with the closest."""
     if name not in ACTIVATIONS:
-        raise KeyError(unknown_name("activation", name, ACTIVATIONS))
+        raise UnknownNameError(unknown_name("activation", name, ACTIVATIONS))
     return ACTIVATIONS[name]
 
 

@@ -42,9 +42,10 @@ def load_balance_loss(routing: Routing, mask_BS: Tensor, config: LoadBalanceConf
     """
     probs_TE = routing.scores_TE[:, : routing.num_experts].softmax(-1)
     num_sequences = 1 if config.scope == "batch" else mask_BS.shape[0]
-    mask_BS1 = mask_BS.reshape(num_sequences, -1, 1).to(probs_TE.dtype)
-    load_BSE = routing.active_TE().reshape(*mask_BS1.shape[:2], -1).to(probs_TE.dtype)
-    probs_BSE = probs_TE.reshape(*mask_BS1.shape[:2], -1)
+    shape = (num_sequences, mask_BS.numel() // max(1, num_sequences))
+    mask_BS1 = mask_BS.reshape(*shape, 1).to(probs_TE.dtype)
+    load_BSE = routing.active_TE().reshape(*shape, routing.num_experts).to(probs_TE.dtype)
+    probs_BSE = probs_TE.reshape(*shape, routing.num_experts)
     num_B1 = mask_BS1.sum(1).clamp(min=1)
     load_BE = (load_BSE * mask_BS1).sum(1) / num_B1
     probs_BE = (probs_BSE * mask_BS1).sum(1) / num_B1

@@ -6,6 +6,7 @@ Shapes: T tokens, D model width, E experts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,15 @@ class Router(nn.Module, ABC):
 
 
 def linear_scores(h_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
-    """Score every expert in float32: a decision near its threshold must not depend on the dtype."""
-    scores_TE = torch.nn.functional.linear(h_TD.float(), weight_ED.float())
-    return scores_TE if bias_E is None else scores_TE + bias_E.float()
+    """Score every expert in float32 or better, whatever the dtype of the model or of autocast.
+
+    A decision near its threshold must not depend on them.
+    """
+    dtype = torch.promote_types(h_TD.dtype, torch.float32)
+    device = h_TD.device.type
+    plain: AbstractContextManager[object] = nullcontext()
+    if torch.amp.is_autocast_available(device):
+        plain = torch.autocast(device, enabled=False)
+    with plain:
+        scores_TE = torch.nn.functional.linear(h_TD.to(dtype), weight_ED.to(dtype))
+    return scores_TE if bias_E is None else scores_TE + bias_E.to(dtype)

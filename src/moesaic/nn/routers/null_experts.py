@@ -75,12 +75,13 @@ class NullExperts(Router):
             experts sum to one. scores_TE has M more columns, those of the null experts.
         """
         scores_TE = linear_scores(h_TD, self.weight)
-        probs_TE, order_TE = scores_TE.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        probs_TK, ids_TK = probs_TE[:, : self.config.top_k], order_TE[:, : self.config.top_k]
+        sorted_TE, order_TE = scores_TE.sort(dim=-1, descending=True, stable=True)
+        scores_TK, ids_TK = sorted_TE[:, : self.config.top_k], order_TE[:, : self.config.top_k]
         real_TK = ids_TK < self.num_experts
-        weights_TK = probs_TK * real_TK
-        total_T1 = weights_TK.sum(-1, keepdim=True)
-        weights_TK = weights_TK / torch.where(total_T1 > 0, total_T1, 1.0)
+        # The softmax of the chosen real scores is the renormalised softmax of all, and does not
+        # vanish where null scores are far above; a finite floor keeps the gradient finite.
+        floor = torch.finfo(scores_TK.dtype).min
+        weights_TK = torch.where(real_TK, scores_TK, floor).softmax(-1) * real_TK
         ids_TK = torch.where(real_TK, ids_TK, self.num_experts)
         return Routing(ids_TK, weights_TK, scores_TE, self.num_experts)
 

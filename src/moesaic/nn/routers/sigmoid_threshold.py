@@ -1,7 +1,8 @@
 """DSMoE's router: an independent sigmoid gate per expert, on where it exceeds a threshold.
 
 Source: DSMoE, arXiv 2502.12455, section 3.2. Ours: the count of active experts is clamped to one
-(the paper leaves 0/0 open), the optional bias and the switch for the normalisation.
+(the paper leaves 0/0 open), the optional bias, the weight of one and the switch for the
+normalisation.
 
 Shapes: T tokens, D model width, E experts.
 """
@@ -28,6 +29,8 @@ class SigmoidThresholdConfig:
         estimator: `straight-through` (the paper) lets an expert that is off learn whether its
             output would have lowered the loss. `hard` (its Table 3) gives gates that are off no
             gradient; `soft` (its Figure 2) trains with all gates on and thresholds at inference.
+        value: What an active expert weighs: its `gate` (the paper) or `one`, which makes a router
+            with every gate on the dense parent exactly.
         normalize: `count` multiplies the output by E over the number of active experts, as the
             paper does; `none` leaves it.
         bias: Whether gates have a bias; the paper's have none.
@@ -35,6 +38,7 @@ class SigmoidThresholdConfig:
 
     threshold: float = 0.5
     estimator: Literal["straight-through", "hard", "soft"] = "straight-through"
+    value: Literal["gate", "one"] = "gate"
     normalize: Literal["count", "none"] = "count"
     bias: bool = False
 
@@ -42,6 +46,11 @@ class SigmoidThresholdConfig:
         if not 0.0 <= self.threshold < 1.0:
             raise InputError(
                 f"threshold must be in [0, 1), got {self.threshold}; 0.5 is the paper's"
+            )
+        if self.value == "one" and self.estimator != "straight-through":
+            raise InputError(
+                f"value 'one' leaves estimator {self.estimator!r} no gradient; use "
+                "'straight-through' or value 'gate'"
             )
 
 
@@ -71,10 +80,7 @@ class SigmoidThreshold(Router):
             nn.init.zeros_(self.bias)
 
     def forward(self, h_TD: Tensor, state: RouterState | None = None) -> Routing:
-        """Gate every expert.
-
-        In training every slot holds its expert and switched-off ones weigh exactly zero, since
-        the straight-through estimator needs their outputs; in evaluation their slots are empty.
+        """Gate every expert; see `decide`.
 
         Args:
             h_TD: Inputs of the FFN, [T, D].
@@ -83,19 +89,35 @@ class SigmoidThreshold(Router):
         Returns:
             Slots in expert order, K = E; scores are the gate logits.
         """
-        scores_TE = linear_scores(h_TD, self.weight, self.bias)
+        return self.decide(linear_scores(h_TD, self.weight, self.bias))
+
+    def decide(self, scores_TE: Tensor) -> Routing:
+        """Turn gate logits into a routing.
+
+        In training every slot holds its expert and switched-off ones weigh exactly zero, since
+        the straight-through estimator needs their outputs; in evaluation their slots are empty.
+
+        Args:
+            scores_TE: Gate logits, [T, E].
+
+        Returns:
+            Slots in expert order, K = E.
+        """
         gates_TE = scores_TE.sigmoid()
         on_TE = gates_TE > self.threshold
         if self.training and self.config.estimator == "soft":
             on_TE = torch.ones_like(on_TE)
-        weights_TE = gates_TE * on_TE
+        if self.config.value == "gate":
+            weights_TE = gates_TE * on_TE
+        else:
+            weights_TE = on_TE.to(gates_TE.dtype)
         if self.training and self.config.estimator == "straight-through":
             # Value G(g), derivative one: the difference is exactly zero.
             weights_TE = weights_TE.detach() + (gates_TE - gates_TE.detach())
         if self.config.normalize == "count":
             count_T1 = on_TE.sum(1, keepdim=True).clamp(min=1)
-            weights_TE = weights_TE * (self.num_experts / count_T1)
-        ids_TE = torch.arange(self.num_experts, device=h_TD.device).expand_as(on_TE)
+            weights_TE = weights_TE * (self.num_experts / count_T1.to(weights_TE.dtype))
+        ids_TE = torch.arange(self.num_experts, device=scores_TE.device).expand_as(on_TE)
         if not self.training:
             ids_TE = torch.where(on_TE, ids_TE, self.num_experts)
         return Routing(ids_TE, weights_TE, scores_TE, self.num_experts)

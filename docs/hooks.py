@@ -1,0 +1,149 @@
+"""Renders the method tables and the catalog into pages when the site is built.
+
+A page asks for them with a comment on a line of its own:
+`<!-- methods: router -->` lists one family and documents each method from its source;
+`<!-- systems -->` lists the published systems, `<!-- architectures -->` the decoders that can be
+converted and `<!-- commands -->` the commands.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from moesaic import catalog
+
+_METHODS = re.compile(r"^<!-- methods: ([a-z-]+) -->$", re.MULTILINE)
+_LIST = re.compile(r"^<!-- (systems|architectures|commands) -->$", re.MULTILINE)
+_PACKAGE = Path(catalog.__file__).resolve().parents[1]
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fill in the tables of one page; the site generator calls this for every page."""
+    return render(markdown)
+
+
+def families_in(markdown: str) -> list[str]:
+    """Name the families whose methods a page asks for."""
+    return _METHODS.findall(markdown)
+
+
+def render(markdown: str) -> str:
+    """Replace every request of a page by what it asks for."""
+    markdown = _METHODS.sub(lambda found: _methods(found[1]), markdown)
+    lists = {"systems": _systems, "architectures": _architectures, "commands": _commands}
+    return _LIST.sub(lambda found: lists[found[1]](), markdown)
+
+
+def _methods(family: str) -> str:
+    """Summarise the methods of a family, then let mkdocstrings document each file once."""
+    table = catalog.tables()[family]
+    lines = [
+        _rows(
+            ("name", "what it does", "source", "status"),
+            (
+                (f"`{name}`", record.summary, _paper(record.paper), record.status)
+                for name, record in table.items()
+            ),
+        )
+    ]
+    names: dict[str, list[str]] = {}
+    members: dict[str, dict[str, None]] = {}
+    for name, record in table.items():
+        for target in (record.config, record.target):
+            module, _, member = target.partition(":")
+            members.setdefault(module, {})[member] = None
+        # A method is described where its code is; settings may be shared and live elsewhere.
+        names.setdefault(record.target.partition(":")[0], []).append(f"`{name}`")
+    for module, shown in sorted(members.items(), key=lambda item: item[0] not in names):
+        lines += [
+            "",
+            f"## {', '.join(names.get(module, ['Shared settings']))}",
+            "",
+            f"::: {module}",
+            "    options:",
+            "      show_root_heading: false",
+            "      show_root_toc_entry: false",
+            "      heading_level: 3",
+            f"      members: [{', '.join(shown)}]",
+        ]
+    return "\n".join(lines)
+
+
+def _systems() -> str:
+    """List the published systems: those that work, then the planned ones by their floor."""
+    working = [system for system in catalog.systems() if system.status == "works"]
+    planned: dict[str, list[catalog.System]] = {}
+    for system in catalog.systems():
+        if system.status == "planned":
+            planned.setdefault(system.home[0].partition("/")[0], []).append(system)
+    sections = [
+        "## Works",
+        _rows(
+            ("system", "what it does", "made of"),
+            (
+                (
+                    _title(system),
+                    system.summary,
+                    "<br>".join(f"`{part}`" for part in system.uses),
+                )
+                for system in working
+            ),
+        ),
+        "## Planned",
+    ]
+    for floor, systems in planned.items():
+        sections += [
+            f"### {floor}",
+            _rows(
+                ("system", "what it does", "parts it needs"),
+                ((_title(s), s.summary, ", ".join(s.parts)) for s in systems),
+            ),
+        ]
+    return "\n\n".join(sections)
+
+
+def _title(system: catalog.System) -> str:
+    """Give the name of a system, its id and its paper."""
+    return f"{system.name}<br>`{system.id}`<br>{_paper(system.arxiv)}"
+
+
+def _architectures() -> str:
+    """List the decoders that can be converted."""
+    # Imports transformers, which pages without this list need not wait for.
+    from moesaic.models.architectures import ARCHITECTURES
+
+    return _rows(
+        ("model type", "classes in transformers", "feed-forward network"),
+        (
+            (f"`{row.model_type}`", f"`{row.name}{row.head}`", "gated" if row.gated else "plain")
+            for row in ARCHITECTURES.values()
+        ),
+    )
+
+
+def _commands() -> str:
+    """List the commands: each is one file, whose docstring begins with what it does."""
+    docs = {
+        path.stem: ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        for path in sorted((_PACKAGE / "cli").glob("*.py"))
+        if path.stem != "main" and not path.stem.startswith("_")
+    }
+    return _rows(
+        ("command", "what it does"),
+        ((f"`moesaic {name}`", text.partition("\n")[0]) for name, text in docs.items()),
+    )
+
+
+def _rows(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """Lay out a table."""
+    lines = [titles, ("---",) * len(titles), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _paper(paper: str) -> str:
+    """Link a paper that is named by its arXiv id."""
+    return re.sub(r"(?:arXiv[: ])?(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)

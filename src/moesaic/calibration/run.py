@@ -1,0 +1,182 @@
+"""Calibrate: run the text through the model once and keep, per layer, what was asked for.
+
+Memory: the model, the hidden states of all tokens (T * D floats), the network inputs of one layer
+(as much again), and what the collectors hold for one layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from moesaic._config import to_plain
+from moesaic._errors import InputError, RunError
+from moesaic._files import atomic_write, read_json, require_space, write_json
+from moesaic._progress import SILENT, Progress
+from moesaic._registry import unknown_name
+from moesaic.calibration.collectors import COLLECTORS, Collector
+from moesaic.calibration.stats import MANIFEST, CalibrationStats, layer_file, open_stats
+from moesaic.calibration.walk import walk_layers
+from moesaic.data.blocks import TokenBlocks
+from moesaic.models.architectures import architecture_of
+from moesaic.models.checkpoint import fingerprint
+from moesaic.models.ffn import FFN, ffn_module, read_ffn
+from moesaic.nn.layer import MoELayer
+
+# Tokens that a collector works on at a time.
+_CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationConfig:
+    """Settings of a calibration.
+
+    Attributes:
+        tokens: Tokens to read, rounded down to whole blocks.
+        batch_blocks: Blocks that run together.
+        seed: Which blocks are drawn.
+    """
+
+    tokens: int = 16384
+    batch_blocks: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.batch_blocks < 1:
+            raise InputError(
+                f"calibration tokens and batch_blocks must be at least 1, got {self.tokens} and "
+                f"{self.batch_blocks}; 16384 and 4 are usual"
+            )
+
+
+def calibrate(
+    model: PreTrainedModel,
+    text: TokenBlocks,
+    collectors: tuple[str, ...],
+    config: CalibrationConfig,
+    directory: Path,
+    progress: Progress = SILENT,
+) -> CalibrationStats:
+    """Measure a model's feed-forward networks on text.
+
+    Run again after an interruption, it goes on with the first layer that is not on disk; run again
+    after the end, it opens what is there.
+
+    Args:
+        model: Dense or converted, in evaluation mode.
+        text: Training text; held-out text must not be given.
+        collectors: Names of what to collect.
+        config: Settings.
+        directory: Where the statistics go.
+        progress: Told of every token.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        InputError: If a collector is unknown, the text is too short, or the directory holds the
+            statistics of something else.
+        RunError: If a layer's network saw no token.
+    """
+    for name in collectors:
+        if name not in COLLECTORS:
+            raise InputError(unknown_name("collector", name, COLLECTORS))
+    num_blocks = config.tokens // text.ids_NS.shape[1]
+    if num_blocks < 1:
+        raise InputError(
+            f"calibration tokens must be at least one block of {text.ids_NS.shape[1]}, got "
+            f"{config.tokens}; raise it"
+        )
+    if num_blocks > len(text.ids_NS):
+        raise InputError(
+            f"calibration asks for {config.tokens} tokens, the text has {text.num_tokens}; "
+            "lower calibration tokens or give more text"
+        )
+    sample = text.take(num_blocks, seed=config.seed)
+    record = {
+        "model": fingerprint(model),
+        "blocks": sample.fingerprint(),
+        "collectors": sorted(collectors),
+        "config": to_plain(config),
+    }
+    key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    _claim(directory, key)
+    if (directory / MANIFEST).is_file():
+        return open_stats(directory)
+
+    row = architecture_of(model.config.model_type)
+    activation = getattr(model.config, row.activation)
+    store = directory / "hidden.safetensors"
+    ids_NS = torch.from_numpy(sample.ids_NS).long()
+    require_space(directory, _bytes_needed(model, ids_NS.numel(), collectors), what="calibration")
+    for visit in walk_layers(
+        model, ids_NS, batch_blocks=config.batch_blocks, store=store, progress=progress
+    ):
+        if visit.h_TD.shape[0] != ids_NS.numel():
+            raise RunError(
+                f"layer {visit.index} saw {visit.h_TD.shape[0]} of {ids_NS.numel()} tokens, so its "
+                "network does not run where the architecture table says; correct its row"
+            )
+        module = ffn_module(visit.layer, row)
+        ffn: FFN | MoELayer = (
+            module if isinstance(module, MoELayer) else read_ffn(visit.layer, row, activation)
+        )
+        active: dict[str, Collector] = {name: COLLECTORS[name](ffn) for name in collectors}
+        for h_TD in visit.h_TD.split(_CHUNK):
+            for collector in active.values():
+                collector.update(h_TD)
+        tensors = {
+            f"{name}.{key}": value.contiguous()
+            for name, collector in active.items()
+            for key, value in collector.result().items()
+        }
+        with atomic_write(layer_file(directory, visit.index)) as temporary:
+            save_file(tensors, temporary)
+    write_json(
+        directory / MANIFEST,
+        {
+            "num_layers": model.config.num_hidden_layers,
+            "num_tokens": ids_NS.numel(),
+            "collectors": sorted(collectors),
+            "text": {"blocks": record["blocks"], "sources": to_plain(sample.provenance)},
+        },
+    )
+    store.unlink(missing_ok=True)
+    return open_stats(directory)
+
+
+def _claim(directory: Path, key: str) -> None:
+    """Make the directory ours, or refuse one that belongs to another calibration."""
+    path = directory / "key.json"
+    if path.is_file():
+        if read_json(path) != {"key": key}:
+            raise InputError(
+                f"{directory} holds the calibration of another model, text or config; choose "
+                "another directory or delete it"
+            )
+        return
+    if directory.exists() and any(directory.iterdir()):
+        raise InputError(f"{directory} is not empty and holds no calibration; choose another")
+    shutil.rmtree(directory, ignore_errors=True)
+    write_json(path, {"key": key})
+
+
+def _bytes_needed(model: PreTrainedModel, num_tokens: int, collectors: tuple[str, ...]) -> int:
+    """Disk that the statistics take at most."""
+    dim = model.config.hidden_size
+    # GPT-2 and Qwen name their width otherwise or not at all; four times D is the common case.
+    width = getattr(model.config, "intermediate_size", None) or 4 * dim
+    per_layer = {
+        "inputs": 2 * num_tokens * dim,
+        "moments": 4 * dim * dim,
+        "neurons": 4 * width * (width + 4),
+    }
+    layers = sum(per_layer.get(name, 0) for name in collectors) * model.config.num_hidden_layers
+    return int(layers + 4 * num_tokens * dim)

@@ -1,0 +1,155 @@
+"""Run a decoder one layer at a time over stored text, so that one layer's data is live at once.
+
+The hidden states of all tokens are kept between layers (tokens * D floats); with a store they are
+on disk after every layer, and an interrupted walk goes on with the next one.
+
+Shapes: N blocks, S tokens of a block, T = N * S tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moesaic._files import atomic_write
+from moesaic._progress import SILENT, Progress
+from moesaic.models.architectures import architecture_of
+from moesaic.models.ffn import decoder_layers, ffn_module
+
+
+@dataclass(frozen=True, slots=True)
+class LayerVisit:
+    """One layer, with what reaches its feed-forward network.
+
+    Attributes:
+        index: Number of the layer, from 0.
+        layer: The decoder layer.
+        h_TD: Input of its network for every token, [T, D].
+    """
+
+    index: int
+    layer: nn.Module
+    h_TD: Tensor
+
+
+class _LayerReachedError(Exception):
+    """Ends a forward pass that is needed no further."""
+
+
+@torch.no_grad()
+def walk_layers(
+    model: PreTrainedModel,
+    ids_NS: Tensor,
+    *,
+    batch_blocks: int = 4,
+    store: Path | None = None,
+    progress: Progress = SILENT,
+) -> Iterator[LayerVisit]:
+    """Visit every decoder layer in order.
+
+    Args:
+        model: Dense or converted, in evaluation mode.
+        ids_NS: Token ids, [N, S]; every block full, so no padding.
+        batch_blocks: Blocks that run together.
+        store: File for the hidden states, to go on after an interruption. A file of another text
+            or model must not be given; its owner knows.
+        progress: Told of every token and layer.
+
+    Yields:
+        The layers that were not visited before. When the loop comes back, the layer counts as
+        visited.
+    """
+    row = architecture_of(model.config.model_type)
+    layers = decoder_layers(model)
+    arguments = _layer_arguments(model, layers, ids_NS[:1])
+    first, hidden_NSD = _restore(store)
+    if hidden_NSD is None:
+        hidden_NSD = torch.cat(
+            [_embed(model, layers[0], ids) for ids in ids_NS.split(batch_blocks)]
+        )
+    with progress.stage("calibrate", (len(layers) - first) * ids_NS.numel(), "tokens") as stage:
+        for index in range(first, len(layers)):
+            layer = layers[index]
+            inputs: list[Tensor] = []
+
+            def keep(module: nn.Module, args: tuple[Tensor, ...], inputs: Any = inputs) -> None:
+                inputs.append(args[0].detach().reshape(-1, args[0].shape[-1]))
+
+            handle = ffn_module(layer, row).register_forward_pre_hook(keep)
+            try:
+                for start in range(0, len(hidden_NSD), batch_blocks):
+                    piece = hidden_NSD[start : start + batch_blocks]
+                    out = layer(piece, **arguments[index])
+                    # In place: the states of one layer are all that is kept.
+                    hidden_NSD[start : start + batch_blocks] = (
+                        out[0] if isinstance(out, tuple) else out
+                    )
+                    stage.advance(piece.shape[0] * piece.shape[1])
+            finally:
+                handle.remove()
+            yield LayerVisit(index, layer, torch.cat(inputs))
+            _keep(store, index + 1, hidden_NSD)
+
+
+def _layer_arguments(
+    model: PreTrainedModel, layers: list[nn.Module], ids_1S: Tensor
+) -> list[dict[str, Any]]:
+    """What the model passes to each layer beside the hidden states; every block gets the same."""
+    arguments: list[dict[str, Any]] = [{} for _ in layers]
+
+    def note(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            arguments[index] = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(note(index), with_kwargs=True)
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        model(input_ids=ids_1S, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return arguments
+
+
+def _embed(model: PreTrainedModel, first_layer: nn.Module, ids_NS: Tensor) -> Tensor:
+    """Hidden states that reach the first layer, [N, S, D]."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+        raise _LayerReachedError
+
+    handle = first_layer.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(input_ids=ids_NS, use_cache=False)
+    except _LayerReachedError:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _restore(store: Path | None) -> tuple[int, Tensor | None]:
+    if store is None or not store.exists():
+        return 0, None
+    with safe_open(store, framework="pt") as file:
+        return int(file.metadata()["layers"]), file.get_tensor("hidden")
+
+
+def _keep(store: Path | None, num_done: int, hidden_NSD: Tensor) -> None:
+    if store is None:
+        return
+    with atomic_write(store) as temporary:
+        save_file({"hidden": hidden_NSD}, temporary, metadata={"layers": str(num_done)})

@@ -1,0 +1,1 @@
+"""The rows of the catalog, one file per part of the house."""

@@ -1,0 +1,77 @@
+"""Systems that make a mixture out of a dense model (floor `conversion`)."""
+
+from moesaic.catalog._system import System
+
+SYSTEMS = (
+    System(
+        id="dsmoe",
+        name="DSMoE",
+        title=(
+            "DSMoE: Matrix-Partitioned Experts with Dynamic Routing for Computation-Efficient "
+            "Dense LLMs"
+        ),
+        arxiv="2502.12455",
+        home=("conversion",),
+        parts=("conversion", "router", "loss"),
+        summary=(
+            "Cuts each dense FFN into blocks that every token switches on or off through its "
+            "own sigmoid gates."
+        ),
+        status="works",
+        uses=("conversion:dsmoe", "router:sigmoid-threshold", "experts:gated", "loss:sparsity"),
+        check="tests/conversion/test_dsmoe.py",
+        evidence="evidence/dsmoe.json",
+    ),
+    System(
+        id="union-of-experts",
+        name="Union of Experts",
+        title=(
+            "Union of Experts: Adapting Hierarchical Routing to Equivalently Decomposed Transformer"
+        ),
+        arxiv="2503.02495",
+        home=("conversion", "nn"),
+        parts=("attention and FFN decomposition", "routers"),
+        summary=(
+            "Decomposes attention and FFN into equal experts, each of which sees only its "
+            "share of the tokens."
+        ),
+    ),
+    System(
+        id="read-me",
+        name="Read-ME",
+        title=(
+            "Read-ME: Refactorizing LLMs as Router-Decoupled Mixture of Experts with System "
+            "Co-Design"
+        ),
+        arxiv="2410.19123",
+        home=("conversion", "inference"),
+        parts=("conversion", "pre-gating router", "scheduling"),
+        summary=(
+            "Cuts a dense model into domain experts and routes each token once, before the "
+            "model runs."
+        ),
+    ),
+    System(
+        id="bam",
+        name="BAM",
+        title=(
+            "BAM! Just Like That: Simple and Efficient Parameter Upcycling for Mixture of Experts"
+        ),
+        arxiv="2408.08274",
+        home=("conversion",),
+        parts=("attention experts", "upcycling"),
+        summary=(
+            "Upcycles several fine-tuned copies of a dense model, keeping the attention of "
+            "each as well as its FFN."
+        ),
+    ),
+    System(
+        id="mote",
+        name="MoTE",
+        title="MoTE: Mixture of Ternary Experts for Memory-efficient Large Multimodal Models",
+        arxiv="2506.14435",
+        home=("conversion", "nn"),
+        parts=("ternary experts", "upcycling"),
+        summary="Upcycles a dense model with added experts that store ternary weights.",
+    ),
+)

@@ -1,0 +1,151 @@
+"""What a model costs: parameters, bytes, and the arithmetic of one token.
+
+Counted from the modules themselves, so one function serves dense, pruned and routed models of
+every architecture; a test holds it to the multiply-adds of a real forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from moesaic._errors import InputError
+from moesaic.evaluation.activity import LayerShape, dense_ffn_width, layer_shapes
+from moesaic.nn.experts._base import Experts
+from moesaic.nn.layer import moe_layers
+
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """The cost of a model.
+
+    Attributes:
+        total_parameters: A tied matrix counts once.
+        bytes: Of the parameters, in the dtype they have in memory.
+        active_ffn_fraction: Active neurons of the feed-forward networks over those of the dense
+            parent, mean over layers; shared neurons are active, routers are no neurons.
+        active_parameters: What one token uses: everything, embeddings and routers too, but the
+            experts that are off.
+        flops_per_token: Two per active weight of a matrix product, head and routers included,
+            embedding look-up and attention scores not. These are the FLOPs of the chosen experts;
+            a path that computes others too (see `moesaic.ops.select`) does more.
+        attention_flops_per_token: Scores and weighted sum of one token over `context` positions.
+        context: The context length that this is for.
+    """
+
+    total_parameters: int
+    bytes: int
+    active_ffn_fraction: float
+    active_parameters: int
+    flops_per_token: int
+    attention_flops_per_token: int
+    context: int
+
+    def to_plain(self) -> dict[str, Any]:
+        """The `cost` section of the evaluation record."""
+        return asdict(self)
+
+
+def model_cost(
+    model: PreTrainedModel,
+    active_per_layer: Sequence[float] | None = None,
+    *,
+    context: int = 512,
+    dense_width: int | None = None,
+) -> Cost:
+    """Count what a model costs.
+
+    Args:
+        model: Dense or converted.
+        active_per_layer: Measured active fraction of every MoE layer, shared neurons included
+            (`Activation.mean_per_layer`); none for a model without routers.
+        context: Positions that a token attends to.
+        dense_width: Neurons of the dense parent's network; that of the model's config if none.
+
+    Raises:
+        InputError: If the fractions do not fit the layers.
+    """
+    shapes = layer_shapes(model, dense_width or dense_ffn_width(model.config))
+    fractions = _fractions(shapes, active_per_layer)
+    parameters = list(model.parameters())
+    total = sum(p.numel() for p in parameters)
+    matrices = _matrices(model)
+    off_parameters = off_matrices = 0.0
+    for layer, shape, fraction in zip(moe_layers(model), shapes, fractions, strict=True):
+        if layer.experts is not None:
+            off = shape.num_experts - shape.active_experts(fraction)
+            off_parameters += off * _expert(layer.experts, biases=True)
+            off_matrices += off * _expert(layer.experts, biases=False)
+    return Cost(
+        total_parameters=total,
+        bytes=sum(p.numel() * p.element_size() for p in parameters),
+        active_ffn_fraction=float(np.mean(fractions)) if fractions else 1.0,
+        active_parameters=round(total - off_parameters),
+        flops_per_token=round(2 * (matrices - off_matrices)),
+        attention_flops_per_token=_attention_flops(model.config, context),
+        context=context,
+    )
+
+
+def _fractions(shapes: list[LayerShape], given: Sequence[float] | None) -> list[float]:
+    """Check the measured fractions, or take the only possible ones."""
+    if given is None:
+        if any(shape.num_experts for shape in shapes):
+            raise InputError(
+                "the cost of a routed model needs active_per_layer, measured on text; "
+                "evaluate its perplexity first"
+            )
+        return [shape.fraction(0) for shape in shapes]
+    if len(given) != len(shapes):
+        raise InputError(
+            f"active_per_layer must hold one fraction for each of the {len(shapes)} MoE layers, "
+            f"got {len(given)}; pass what the perplexity of this model measured"
+        )
+    for index, (value, shape) in enumerate(zip(given, shapes, strict=True)):
+        low, high = shape.fraction(0), shape.fraction(shape.num_experts)
+        if not low - _ROUNDING <= value <= high + _ROUNDING:
+            raise InputError(
+                f"active_per_layer[{index}] must be in [{low:.4g}, {high:.4g}], got {value:.4g}; "
+                "pass what the perplexity of this model measured"
+            )
+    return list(given)
+
+
+def _matrices(model: nn.Module) -> int:
+    """Weights that a token multiplies when every expert is on; a tied head counts, as it runs."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            total += module.weight.numel()
+        elif isinstance(module, Experts):
+            total += module.num_experts * _expert(module, biases=False)
+    for layer in moe_layers(model):
+        if layer.router is not None:
+            total += sum(p.numel() for p in layer.router.parameters(recurse=False) if p.dim() == 2)
+    return total
+
+
+def _expert(experts: Experts, *, biases: bool) -> int:
+    """Parameters of one expert."""
+    weights = experts.weights()
+    tensors = [weights.up, weights.down]
+    if biases and weights.up_bias is not None:
+        tensors.append(weights.up_bias)
+    return sum(tensor[0].numel() for tensor in tensors)
+
+
+def _attention_flops(config: Any, context: int) -> int:
+    """Two products of heads * head_dim * positions in every layer."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or ["any"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None) or context
+    positions = sum(context if kind == "full_attention" else min(context, window) for kind in kinds)
+    return int(4 * config.num_attention_heads * head_dim * positions)

@@ -1,0 +1,132 @@
+"""What every registered kind of experts owes its layer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nn_cases import tokens
+
+from moesaic.nn.experts._base import ExpertsConfig
+from moesaic.nn.experts._table import EXPERTS
+from moesaic.nn.routing import Routing
+
+E, F, D = 6, 5, 17
+each_kind = pytest.mark.parametrize("name", EXPERTS)
+each_bias = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+
+
+def make(name, *, bias=False, activation="silu", dtype=torch.float64, num_experts=E):
+    experts = EXPERTS.load(name)(D, num_experts, F, ExpertsConfig(activation=activation, bias=bias))
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=draw) * parameter.shape[-1] ** -0.5
+            )
+    return experts.to(dtype)
+
+
+def some_routing(num_tokens, dtype=torch.float64):
+    draw = torch.Generator().manual_seed(5)
+    ids_TK = torch.rand(num_tokens, E, generator=draw).argsort(1)[:, :3]
+    ids_TK[::4, 1] = E
+    weights_TK = torch.rand(num_tokens, 3, generator=draw).to(dtype) * (ids_TK < E)
+    return Routing(ids_TK, weights_TK, torch.zeros(num_tokens, E), E)
+
+
+@each_kind
+@each_bias
+@pytest.mark.parametrize("num_tokens", [0, 1, 63])
+def test_every_backend_gives_the_same(name, bias, num_tokens):
+    experts, h_TD = make(name, bias=bias), tokens(num_tokens, dtype=torch.float64)
+    outs = []
+    for backend in ("reference", "masked", "grouped", "auto"):
+        experts.backend = backend
+        outs.append(experts(h_TD, some_routing(num_tokens)))
+    assert outs[0].shape == (num_tokens, D)
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0])
+
+
+@each_kind
+@each_bias
+def test_dense_is_every_expert_at_weight_one(name, bias):
+    experts, h_TD = make(name, bias=bias), tokens(63, dtype=torch.float64)
+    ids_TE = torch.arange(E).expand(63, E)
+    all_on = Routing(ids_TE, torch.ones(63, E, dtype=torch.float64), torch.zeros(63, E), E)
+    experts.backend = "reference"
+    torch.testing.assert_close(experts.dense(h_TD), experts(h_TD, all_on))
+
+
+@each_kind
+@each_bias
+def test_weights_have_the_layout_of_the_checkpoint(name, bias):
+    experts = make(name, bias=bias)
+    weights = experts.weights()
+    rows = 2 * F if weights.gated else F
+    assert weights.up.shape == (E, rows, D)
+    assert weights.down.shape == (E, D, F)
+    assert (weights.up_bias is not None) == bias
+    if bias:
+        assert weights.up_bias.shape == (E, rows)
+    assert (weights.num_experts, weights.width) == (experts.num_experts, experts.width) == (E, F)
+    # The parameters themselves, so that a gradient reaches them.
+    parameters = {id(p) for p in experts.parameters()}
+    given = [x for x in (weights.up, weights.down, weights.up_bias) if x is not None]
+    assert {id(x) for x in given} == parameters
+
+
+def test_names_are_those_of_the_checkpoint_format():
+    assert [n for n, _ in make("gated", bias=True).named_parameters()] == [
+        "gate_up_proj",
+        "down_proj",
+        "gate_up_proj_bias",
+    ]
+    assert [n for n, _ in make("plain", bias=True).named_parameters()] == [
+        "up_proj",
+        "down_proj",
+        "up_proj_bias",
+    ]
+
+
+@each_kind
+def test_gradient_reaches_the_experts_of_the_tokens_alone(name):
+    experts = make(name)
+    ids_TK = torch.tensor([[0, 3], [3, E]])
+    weights_TK = torch.ones(2, 2, dtype=torch.float64) * (ids_TK < E)
+    experts(
+        tokens(2, dtype=torch.float64), Routing(ids_TK, weights_TK, torch.zeros(2, E), E)
+    ).sum().backward()
+    for parameter in experts.parameters():
+        touched = [e for e in range(E) if parameter.grad[e].any()]
+        assert touched == [0, 3]
+
+
+@each_kind
+@each_bias
+def test_state_survives_bit_by_bit(name, bias):
+    experts = make(name, bias=bias)
+    other = EXPERTS.load(name)(D, E, F, ExpertsConfig(bias=bias)).double()
+    other.load_state_dict(experts.state_dict())
+    h_TD, routing = tokens(63, dtype=torch.float64), some_routing(63)
+    assert torch.equal(other(h_TD, routing), experts(h_TD, routing))
+    assert torch.equal(copy.deepcopy(experts)(h_TD, routing), experts(h_TD, routing))
+
+
+@each_kind
+def test_reset_draws_small_weights_and_no_biases(name):
+    experts = make(name, bias=True)
+    experts.reset_parameters()
+    weights = experts.weights()
+    assert weights.up.std().item() == pytest.approx(0.02, rel=0.2)
+    assert weights.down.std().item() == pytest.approx(0.02, rel=0.2)
+    assert not weights.up_bias.any()
+    assert repr(experts).endswith(f"(experts={E}, width={F}, backend=auto)")
+
+
+@each_kind
+def test_unknown_activation_names_the_closest(name):
+    with pytest.raises(ValueError, match=r"activation 'gelo' is unknown; did you mean gelu"):
+        make(name, activation="gelo")

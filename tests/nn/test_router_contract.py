@@ -1,0 +1,233 @@
+"""What every registered router owes its layer; a new one is tested the moment it is listed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nn_cases import dense_weights, make_router, router_options, tokens
+
+from moesaic._errors import InputError
+from moesaic.nn.layer import LayerConfig, MoELayer
+from moesaic.nn.routers._base import RouterState
+from moesaic.nn.routers._table import ROUTERS
+
+each_router = pytest.mark.parametrize("name", ROUTERS)
+E = 6
+FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+
+
+def check_values(routing, num_tokens, num_experts):
+    assert routing.num_experts == num_experts
+    assert routing.ids_TK.dtype == torch.int64
+    assert routing.ids_TK.shape == routing.weights_TK.shape
+    assert routing.ids_TK.shape[0] == routing.scores_TE.shape[0] == num_tokens
+    assert routing.scores_TE.shape[1] >= num_experts
+    assert ((routing.ids_TK >= 0) & (routing.ids_TK <= num_experts)).all()
+    assert (routing.weights_TK[routing.ids_TK == num_experts] == 0).all()
+    assert routing.weights_TK.isfinite().all()
+    for ids in routing.ids_TK.tolist():
+        held = [i for i in ids if i < num_experts]
+        assert len(held) == len(set(held))
+
+
+@each_router
+@FLOATS
+@pytest.mark.parametrize("num_tokens", [0, 1, 63])
+@pytest.mark.parametrize("num_experts", [1, E])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_values(name, dtype, num_tokens, num_experts, training):
+    router = make_router(name, num_experts).to(dtype).train(training)
+    routing = router(tokens(num_tokens, dtype=dtype))
+    check_values(routing, num_tokens, num_experts)
+    better = torch.promote_types(dtype, torch.float32)
+    assert routing.scores_TE.dtype == routing.weights_TK.dtype == better
+
+
+@each_router
+def test_half_precision_decides_as_float32_does(name):
+    router = make_router(name, E).to(torch.bfloat16)
+    h_TD = tokens(63, dtype=torch.bfloat16)
+    expected = copy.deepcopy(router).float()(h_TD.float())
+    for routing in (router(h_TD), autocast(router.float(), h_TD.float())):
+        assert torch.equal(routing.ids_TK, expected.ids_TK)
+        assert torch.equal(routing.weights_TK, expected.weights_TK)
+
+
+def autocast(router, h_TD):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return router(h_TD)
+
+
+@each_router
+def test_training_and_evaluation_weigh_alike(name):
+    router, h_TD = make_router(name, E), tokens(63)
+    train, evaluate = router.train()(h_TD), router.eval()(h_TD)
+    assert torch.equal(train.weights_TE(), evaluate.weights_TE())
+    assert torch.equal(train.active_TE(), evaluate.active_TE())
+    # Otherwise nothing was decided.
+    assert 0 < train.active_TE().sum() < 63 * E
+
+
+@each_router
+def test_permuting_tokens_permutes_the_routing(name):
+    router, h_TD = make_router(name, E), tokens(63)
+    order_T = torch.randperm(63, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        router(h_TD[order_T]).weights_TE(), router(h_TD).weights_TE()[order_T]
+    )
+
+
+@each_router
+def test_renumbering_experts_renumbers_the_routing(name):
+    router, h_TD = make_router(name, E), tokens(63)
+    before = router(h_TD)
+    order_E = torch.randperm(E, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for parameter in router.parameters():
+            # Rows after E are those of null experts.
+            parameter[:E] = parameter[:E][order_E].clone()
+    after = router(h_TD)
+    torch.testing.assert_close(after.weights_TE(), before.weights_TE()[:, order_E])
+    torch.testing.assert_close(after.scores_TE[:, :E], before.scores_TE[:, :E][:, order_E])
+
+
+@each_router
+def test_tokens_do_not_see_each_other(name):
+    router, h_TD = make_router(name, E), tokens(63)
+    together = router(h_TD).weights_TE()
+    torch.testing.assert_close(router(h_TD[:5]).weights_TE(), together[:5])
+    torch.testing.assert_close(
+        torch.cat([router(h_D[None]).weights_TE() for h_D in h_TD]), together
+    )
+
+
+@each_router
+@pytest.mark.parametrize("scale", [1.0, 1e4], ids=["ordinary", "saturated"])
+def test_gradients_are_finite(name, scale):
+    router, h_TD = make_router(name, E, spread_out=scale).train(), tokens(63).requires_grad_()
+    routing = router(h_TD)
+    check_values(routing, 63, E)
+    probe_TE = tokens(63, E, seed=3)
+    (routing.weights_TE() * probe_TE).sum().backward()
+    for parameter in (h_TD, *router.parameters()):
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+    if scale == 1.0:
+        assert router.weight.grad[:E].any(1).all()
+
+
+@each_router
+def test_plain_routers_ignore_the_state(name):
+    if "stateful" in ROUTERS[name].abilities:
+        return
+    router, h_TD = make_router(name, E), tokens(63)
+    alone = router(h_TD)
+    state = RouterState(previous=alone, progress=0.5)
+    assert torch.equal(router(h_TD, state).weights_TE(), alone.weights_TE())
+
+
+@each_router
+def test_routing_is_pure(name):
+    router, h_TD = make_router(name, E).train(), tokens(63)
+    before = copy.deepcopy(router.state_dict())
+    first, second = router(h_TD), router(h_TD)
+    assert torch.equal(first.weights_TE(), second.weights_TE())
+    for key, value in router.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@each_router
+@settings(max_examples=15, deadline=None)
+@given(
+    num_experts=st.integers(1, 9),
+    num_tokens=st.integers(0, 9),
+    seed=st.integers(0, 2**31),
+    spread_out=st.floats(0.0, 30.0),
+)
+def test_abilities_tell_the_truth(name, num_experts, num_tokens, seed, spread_out):
+    router = make_router(name, num_experts, seed=seed, spread_out=spread_out)
+    routing = router(tokens(num_tokens, seed=seed))
+    check_values(routing, num_tokens, num_experts)
+    abilities = ROUTERS[name].abilities
+    torch.testing.assert_close(
+        routing.weights_TE().double(), dense_weights(routing), rtol=0, atol=0
+    )
+    held_T = (routing.ids_TK < num_experts).sum(1)
+    if "top-k" in abilities:
+        assert routing.ids_TK.shape[1] == router.config.top_k
+    if "variable" not in abilities:
+        assert (held_T == routing.ids_TK.shape[1]).all()
+    if "may-choose-none" not in abilities and routing.scores_TE.shape[1] == num_experts:
+        assert (held_T >= 1).all()
+
+
+@each_router
+def test_unknown_setting_names_the_closest(name):
+    first = dataclasses.fields(ROUTERS.load_config(name))[0].name
+    config = LayerConfig(num_experts=E, width=5, router=name, router_options={first[:-1]: 1})
+    with pytest.raises(
+        InputError, match=rf"router {name} option '{first[:-1]}' is unknown; did you mean .*{first}"
+    ):
+        MoELayer(17, config)
+
+
+@each_router
+def test_fresh_weights_are_small_and_differ(name):
+    config = LayerConfig(
+        num_experts=E, width=5, router=name, router_options=router_options(name, E)
+    )
+    router = MoELayer(256, config).router
+    before = router.weight.detach().clone()
+    router.reset_parameters()
+    assert not torch.equal(router.weight, before)
+    assert router.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert f"experts={E}" in router.extra_repr()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("null-experts", {"num_null": -1}, r"num_null must be at least 0, got -1"),
+        ("null-experts", {"top_k": 0}, r"top_k must be at least 1, got 0"),
+        (
+            "null-experts",
+            {"num_null": 2, "top_k": 9},
+            r"top_k must be in \[1, num_experts \+ num_null=8\], got 9",
+        ),
+        ("sigmoid-threshold", {"threshold": 1.0}, r"threshold must be in \[0, 1\), got 1.0"),
+        ("sigmoid-threshold", {"threshold": -0.1}, r"threshold must be in \[0, 1\), got -0.1"),
+        ("sigmoid-threshold", {"threshold": float("nan")}, r"in \[0, 1\), got nan"),
+        ("sigmoid-threshold", {"estimator": "sotf"}, r"'sotf' is unknown; did you mean soft"),
+        ("top-p", {"threshold": 1.1}, r"threshold must be in \[0, 1\], got 1.1"),
+        ("topk-softmax", {"top_k": 0}, r"top_k must be at least 1, got 0"),
+        ("topk-softmax", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
+        ("topk-softmax", {"renormalize": 1}, r"renormalize must be a bool, got 1"),
+    ],
+)
+def test_wrong_settings_are_refused(name, options, message):
+    with pytest.raises(InputError, match=message):
+        MoELayer(17, LayerConfig(num_experts=E, width=5, router=name, router_options=options))
+
+
+def test_topk_softmax_by_hand():
+    # exp of the scores is 1, 3, 2, 2, their sum 8: p = 1/8, 3/8, 2/8, 2/8.
+    # Top 2 with a clear second place: scores 1, 3, 2.5, 1.5 of sum 8.
+    router = make_router("topk-softmax", 4, top_k=2)
+    with torch.no_grad():
+        router.weight.zero_()
+        router.weight[:, 0] = torch.tensor([1.0, 3.0, 2.5, 1.5]).log()
+    h_TD = torch.zeros(1, 17).index_fill(1, torch.tensor([0]), 1.0)
+    routing = router(h_TD)
+    assert routing.ids_TK.tolist() == [[1, 2]]
+    # 3 / 5.5 and 2.5 / 5.5.
+    torch.testing.assert_close(routing.weights_TK, torch.tensor([[6 / 11, 5 / 11]]))
+    torch.testing.assert_close(routing.weights_TE(), torch.tensor([[0, 6 / 11, 5 / 11, 0]]))
+    raw = make_router("topk-softmax", 4, top_k=2, renormalize=False)
+    raw.load_state_dict(router.state_dict())
+    # 3 / 8 and 2.5 / 8.
+    torch.testing.assert_close(raw(h_TD).weights_TK, torch.tensor([[3 / 8, 2.5 / 8]]))
