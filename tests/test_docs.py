@@ -12,6 +12,7 @@ PAGES = sorted(
 )
 RUNNABLE = [
     *(ROOT / "docs" / "concepts").glob("*.md"),
+    ROOT / "docs" / "methods" / "conversion.md",
     ROOT / "docs" / "data.md",
     ROOT / "docs" / "errors.md",
 ]

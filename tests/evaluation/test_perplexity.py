@@ -107,6 +107,16 @@ def test_chosen_blocks_are_nested_and_of_every_domain():
     assert choose_blocks(blocks, 100, seed=0).tolist() == list(range(17))
 
 
+def test_chosen_blocks_are_of_many_documents():
+    blocks = make_blocks({"docs": [50, 1, 3]})
+    three, four = (blocks.document_N[choose_blocks(blocks, n, seed=0)] for n in (3, 4))
+    assert three.tolist() == [0, 1, 2]
+    assert len(four) == 4
+    assert set(four) == {0, 1, 2}
+    numbers = {choose_blocks(blocks, 3, seed)[0] for seed in range(8)}
+    assert len(numbers) > 3
+
+
 def test_domain_without_text_is_said(caplog, blocks):
     empty = blocks_of(blocks.ids_NS, blocks.domain_N, blocks.document_N, ("docs", "code", "law"))
     choose_blocks(empty, 3, seed=0)

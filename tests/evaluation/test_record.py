@@ -45,7 +45,7 @@ def test_record_is_complete(record):
     assert record["created"].endswith("+00:00")
     assert {"cpu", "cores", "torch", "transformers", "dtype"} <= record["machine"].keys()
     docs = record["data"]["domains"]["docs"]
-    assert (record["data"]["block"], docs["tokens"], docs["documents"]) == (17, 4 * 17, 3)
+    assert (record["data"]["block"], docs["tokens"], docs["documents"]) == (17, 4 * 17, 4)
     assert docs["sources"][0]["licence"] == "CC0-1.0"
     assert [(m["name"], m["kind"], m["path"]) for m in record["models"]] == [
         ("flap", "static-pruning", "runs/p"),
@@ -136,6 +136,16 @@ def test_another_tokenizer_is_said(caplog, blocks, monkeypatch):
     packed = dataclasses.replace(blocks, tokenizer="first")
     evaluate({"parent": Subject(dense_model(), "dense")}, packed, Letters(), config)
     assert "packed with another tokenizer than the one given" in caplog.text
+
+
+def test_single_document_is_said_once(caplog):
+    config = dataclasses.replace(QUICK, measure_speed=False, thresholds=())
+    blocks = make_blocks({"docs": [3], "code": [2, 1]})
+    subjects = {"d": Subject(dense_model(), "dense"), "m": Subject(convert(dense_model()), "dsmoe")}
+    evaluate(subjects, blocks, Letters(), config)
+    message = "domain docs is from one document, so its interval is over blocks and too narrow"
+    assert caplog.text.count(message) == 1
+    assert caplog.text.count("is from one document") == 1
 
 
 def test_config_is_plain_data():

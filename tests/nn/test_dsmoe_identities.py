@@ -255,6 +255,26 @@ def test_normalisation_can_be_left_out():
     torch.testing.assert_close(routing.weights_TE(), g_TE * on_TE)
 
 
+def test_weight_of_one_starts_as_the_dense_network_and_still_teaches_every_gate():
+    moe, h_TD, y_TD, routing = gated(value="one", normalize="none")
+    u_TD = tokens(T, seed=5, dtype=torch.float64)
+    y_TD.backward(u_TD)
+    g_TE, on_TE, _ = closed_form(moe, h_TD, routing)
+    assert torch.equal(routing.weights_TE(), on_TE.double())
+    along_TE = (expert_outputs(moe, h_TD) @ u_TD.unsqueeze(2)).squeeze(2)
+    torch.testing.assert_close(routing.scores_TE.grad, along_TE * g_TE * (1 - g_TE))
+    # Every gate on: the dense network exactly, with or without n / c.
+    for normalize in ("none", "count"):
+        config = {"value": "one", "normalize": normalize, "bias": True}
+        other = make_layer(router_config=config)
+        with torch.no_grad():
+            other.router.bias.fill_(40.0)
+        with all_experts_on(other):
+            dense = other(h_TD)
+        for training in (True, False):
+            torch.testing.assert_close(other.train(training)(h_TD), dense)
+
+
 def test_count_carries_no_gradient():
     # If c had a gradient, the weight of one expert would move the gates of the others.
     *_, routing = gated()

@@ -203,6 +203,11 @@ def test_fresh_weights_are_small_and_differ(name):
         ("sigmoid-threshold", {"threshold": -0.1}, r"threshold must be in \[0, 1\), got -0.1"),
         ("sigmoid-threshold", {"threshold": float("nan")}, r"in \[0, 1\), got nan"),
         ("sigmoid-threshold", {"estimator": "sotf"}, r"'sotf' is unknown; did you mean soft"),
+        (
+            "sigmoid-threshold",
+            {"value": "one", "estimator": "hard"},
+            r"value 'one' leaves estimator 'hard' no gradient; use",
+        ),
         ("top-p", {"threshold": 1.1}, r"threshold must be in \[0, 1\], got 1.1"),
         ("topk-softmax", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("topk-softmax", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),

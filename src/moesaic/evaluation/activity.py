@@ -80,7 +80,7 @@ def _shape(layer: MoELayer, dense_width: int) -> LayerShape:
 
 
 def token_fractions(model: nn.Module, routings: Sequence[Routing], dense_width: int) -> Tensor:
-    """Active fraction of each token, the mean over layers, [T] float32.
+    """Active fraction of each token, the mean over layers, [T] float64.
 
     Args:
         model: A model with at least one routed layer.
@@ -92,7 +92,7 @@ def token_fractions(model: nn.Module, routings: Sequence[Routing], dense_width: 
     shapes = layer_shapes(model, dense_width)
     for shape in shapes:
         if shape.num_experts:
-            active_T = next(remaining).active_T().float()
+            active_T = next(remaining).active_T().double()
             total_T = total_T + (shape.shared_width + active_T * shape.width) / shape.dense_width
         else:
             total_T = total_T + shape.fraction(0)

@@ -10,7 +10,6 @@ Shapes: N blocks, U documents, R resamples.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,8 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesaic._errors import InputError
-
-logger = logging.getLogger(__name__)
 
 _PERCENTILES = (2.5, 97.5)
 
@@ -92,7 +89,8 @@ class DomainQuality:
     Attributes:
         perplexity: With its interval.
         tokens: Predicted tokens.
-        documents: Documents they are from; the interval is over these.
+        documents: Documents they are from. The interval is over these; of a single one it is over
+            its blocks, and too narrow.
     """
 
     perplexity: Estimate
@@ -116,12 +114,6 @@ def domain_quality(losses: BlockLosses, resamples: int, seed: int) -> dict[str, 
         mean, mean_R = _means(losses, index, resamples, seed)
         in_domain = losses.domain_N == index
         num_documents = int(np.unique(losses.document_N[in_domain]).size)
-        if num_documents < 2:
-            logger.warning(
-                "all evaluated text of domain %s is from one document, so its interval is over "
-                "blocks and too narrow; evaluate on more documents",
-                name,
-            )
         result[name] = DomainQuality(
             perplexity=_estimate(mean, mean_R),
             tokens=int(losses.tokens_N[in_domain].sum()),

@@ -6,6 +6,7 @@ Shapes: N blocks, B blocks of a batch, S tokens of a block, V vocabulary.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,10 @@ class QualityResult:
 
 
 def choose_blocks(blocks: TokenBlocks, per_domain: int, seed: int) -> NDArray[np.int64]:
-    """Choose blocks of each domain at random; fewer are always some of more.
+    """Choose blocks of each domain at random, from as many documents as there are.
+
+    A second block of a document is taken only when every document has given its first, because an
+    interval over documents narrows with their number. Fewer blocks are always some of more.
 
     Args:
         blocks: The text.
@@ -94,12 +98,20 @@ def choose_blocks(blocks: TokenBlocks, per_domain: int, seed: int) -> NDArray[np
     absent = [name for i, name in enumerate(blocks.domains) if i not in present]
     if absent:
         logger.warning("no held-out text of domain %s; it is left out", ", ".join(absent))
-    chosen = []
-    for domain in np.unique(blocks.domain_N):
+    chosen: list[int] = []
+    for domain in sorted(present):
         of_domain = np.flatnonzero(blocks.domain_N == domain)
-        order = np.random.default_rng([seed, int(domain)]).permutation(of_domain.size)
-        chosen.append(of_domain[order[:per_domain]])
-    return np.sort(np.concatenate(chosen)).astype(np.int64)
+        order = np.random.default_rng([seed, domain]).permutation(of_domain)
+        taken: Counter[int] = Counter()
+        turns = []
+        for block in order.tolist():
+            document = int(blocks.document_N[block])
+            turns.append((taken[document], block))
+            taken[document] += 1
+        # Sorting is stable: within a turn the order stays random.
+        turns.sort(key=lambda turn: turn[0])
+        chosen += [block for _, block in turns[:per_domain]]
+    return np.sort(np.asarray(chosen, np.int64))
 
 
 def evaluate_perplexity(
@@ -150,8 +162,7 @@ def evaluate_perplexity(
             domain = blocks.domains[domain_N[start]]
             ids_BS = _tensor(blocks.ids_NS[block_N[start:end]], model)
             with record_routing(model) as routings:
-                logits_BSV = model(input_ids=ids_BS, use_cache=False).logits
-            nll_N[start:end] = _losses(logits_BSV, ids_BS)
+                nll_N[start:end] = _block_losses(model, ids_BS)
             if not np.isfinite(nll_N[start:end]).all():
                 raise RunError(
                     f"the loss of {name} on domain {domain!r} is not finite; load the model in "
@@ -180,8 +191,9 @@ def _tensor(ids_BS: NDArray[Any], model: PreTrainedModel) -> Tensor:
     return torch.from_numpy(ids_BS.astype(np.int64)).to(model.device)
 
 
-def _losses(logits_BSV: Tensor, ids_BS: Tensor) -> NDArray[np.float64]:
-    """Sum of the losses of each block, [B] float64."""
+def _block_losses(model: PreTrainedModel, ids_BS: Tensor) -> NDArray[np.float64]:
+    """Sum of the losses of each block, [B] float64; its logits live no longer than this call."""
+    logits_BSV = model(input_ids=ids_BS, use_cache=False).logits
     nll_B = torch.zeros(ids_BS.shape[0], dtype=torch.float64)
     length = ids_BS.shape[1]
     for row, (logits_SV, ids_S) in enumerate(zip(logits_BSV, ids_BS, strict=True)):

@@ -147,6 +147,13 @@ def evaluate(
         )
         for name in [parent, *(name for name in models if name != parent)]
     }
+    for name, domain in qualities[parent].domains.items():
+        if domain.documents < 2:
+            logger.warning(
+                "all evaluated text of domain %s is from one document, so its interval is over "
+                "blocks and too narrow; evaluate on more documents",
+                name,
+            )
     dense_model = models[parent].model
     record: dict[str, Any] = {
         "schema": SCHEMA,

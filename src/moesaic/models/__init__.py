@@ -1,14 +1,34 @@
 """The bridge to transformers: find networks, swap them, load and save."""
 
-from moesaic.models.checkpoint import (
-    add_step,
-    load,
-    load_dense,
-    load_tokenizer,
-    new_manifest,
-    save,
-)
-from moesaic.models.modeling import adopt, register
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moesaic.models.checkpoint import (
+        add_step,
+        load,
+        load_dense,
+        load_tokenizer,
+        new_manifest,
+        save,
+    )
+    from moesaic.models.auto import register
+    from moesaic.models.modeling import adopt
+
+# Imported on first use: configs are registered while transformers is still being imported, and
+# must not pull in modelling files then.
+_HOMES = {
+    "add_step": "moesaic.models.checkpoint",
+    "adopt": "moesaic.models.modeling",
+    "load": "moesaic.models.checkpoint",
+    "load_dense": "moesaic.models.checkpoint",
+    "load_tokenizer": "moesaic.models.checkpoint",
+    "new_manifest": "moesaic.models.checkpoint",
+    "register": "moesaic.models.auto",
+    "save": "moesaic.models.checkpoint",
+}
 
 __all__ = [
     "add_step",
@@ -20,3 +40,10 @@ __all__ = [
     "register",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on its first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -29,7 +29,7 @@ from transformers import (
 from moesaic._errors import CheckpointError, InputError
 from moesaic._files import atomic_directory, read_json, require_space, sha256_of, write_json
 from moesaic.models.architectures import ARCHITECTURES, architecture_of
-from moesaic.models.modeling import register
+from moesaic.models.auto import register
 
 MANIFEST = "moesaic.json"
 _SCHEMA = 1
@@ -118,7 +118,7 @@ def load_dense(source: str, *, dtype: str = "float32") -> PreTrainedModel:
     directory, gguf_file = resolve_source(source)
     _check_weights(Path(directory))
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             directory, gguf_file=gguf_file, dtype=dtype_of(dtype)
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -128,7 +128,8 @@ def load_dense(source: str, *, dtype: str = "float32") -> PreTrainedModel:
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
-    return model.eval()
+    dense: PreTrainedModel = model.eval()
+    return dense
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -162,12 +163,13 @@ def load(path: str | Path, *, dtype: str | None = None, verify: bool = True) -> 
     if verify:
         verify_files(path)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto" if dtype is None else dtype_of(dtype)
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {_first_line(error)}") from error
-    return model.eval()
+    converted: PreTrainedModel = model.eval()
+    return converted
 
 
 def save(

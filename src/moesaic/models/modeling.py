@@ -145,8 +145,12 @@ def _make_forward(parent: type[PreTrainedModel]) -> Any:
             mask_BS = _token_mask(inputs, bound.get("attention_mask"))
             aux_loss = self.routing_loss(routings, mask_BS)
         loss = out.loss
-        if loss is not None and aux_loss is not None:
-            loss = loss + aux_loss * _share_of_batch(labels, kwargs.get("num_items_in_batch"))
+        if loss is not None and labels is not None and aux_loss is not None:
+            loss = loss + aux_loss * _share_of_batch(labels, kwargs)
+        # transformers annotates a tuple of one.
+        scores: Any = None
+        if output_router_logits:
+            scores = tuple(routing.scores_TE for routing in routings)
         result = MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -154,9 +158,7 @@ def _make_forward(parent: type[PreTrainedModel]) -> Any:
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
-            router_logits=(
-                tuple(routing.scores_TE for routing in routings) if output_router_logits else None
-            ),
+            router_logits=scores,
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -170,11 +172,15 @@ def _make_forward(parent: type[PreTrainedModel]) -> Any:
     return forward
 
 
-def _share_of_batch(labels: Tensor, num_items: Any) -> Any:
+def _share_of_batch(labels: Tensor, options: Mapping[str, Any]) -> Any:
     """Part of a batch that this forward holds, so that accumulated auxiliary losses are a mean."""
+    num_items = options.get("num_items_in_batch")
     if num_items is None:
         return 1.0
-    return (labels[..., 1:] != -100).sum() / num_items
+    shifted = options.get("shift_labels")
+    if shifted is None:
+        shifted = labels[..., 1:]
+    return (shifted != -100).sum() / num_items
 
 
 @functools.cache
@@ -222,14 +228,15 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def register() -> None:
-    """Let transformers' auto classes load converted models."""
-    for row in ARCHITECTURES.values():
-        if not hasattr(transformers, row.name + row.config):
-            continue  # An older transformers lacks the newest architectures.
-        config_class, model_class = moesaic_classes(row)
-        transformers.AutoConfig.register(row.moesaic_type, config_class, exist_ok=True)
-        transformers.AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+@functools.cache
+def register_classes(
+    row: Architecture,
+) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """Give transformers' auto classes the classes of an architecture, and return them."""
+    config_class, model_class = moesaic_classes(row)
+    transformers.AutoConfig.register(row.moesaic_type, config_class, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    return config_class, model_class
 
 
 def adopt(model: PreTrainedModel, moesaic: Mapping[str, Any]) -> PreTrainedModel:
@@ -245,10 +252,10 @@ def adopt(model: PreTrainedModel, moesaic: Mapping[str, Any]) -> PreTrainedModel
         The same object, now of the converted class.
     """
     row = ARCHITECTURES[model.config.model_type]
-    config_class, model_class = moesaic_classes(row)
+    config_class, model_class = register_classes(row)
     dense_config = model.config
     values = {k: v for k, v in dense_config.to_dict().items() if k != "model_type"}
-    config = config_class(**values, moesaic=dict(moesaic))
+    config: Any = config_class(**{**values, "moesaic": dict(moesaic)})
     config._attn_implementation = dense_config._attn_implementation
     # Every module that reads the config must read the new one.
     for module in model.modules():

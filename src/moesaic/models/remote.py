@@ -1,4 +1,4 @@
-"""The code beside a checkpoint: this package's own files, so that it loads where moesaic is missing.
+"""The code beside a checkpoint: this package's own files, to load it where moesaic is missing.
 
 transformers copies a checkpoint's modules by their relative imports and knows no subpackages, so
 `moesaic/nn/layer.py` becomes `moesaic_nn_layer.py` and `moesaic.nn.layer` in it becomes
