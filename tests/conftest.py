@@ -13,6 +13,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+_IGNORED = [
+    # peft 0.21 reads the old name of transformers' property whenever it wraps a model.
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in _IGNORED:
+        config.addinivalue_line("filterwarnings", line)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:

@@ -94,9 +94,11 @@ def dense_model(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -
                 parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=draw)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.3, generator=draw)
+            # Not `model.to`: loading keeps the frequencies of rotary embeddings in float32.
+            parameter.data = parameter.data.to(dtype)
     # No end token: every generation has the length that was asked for.
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1)
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def read_all(model: PreTrainedModel) -> list[FFN]:

@@ -62,7 +62,10 @@ def test_reading_copies_nothing(case):
     model = dense_model(case)
     ffn = read_all(model)[0]
     held = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    assert {ffn.up_FD.untyped_storage().data_ptr(), ffn.down_DF.untyped_storage().data_ptr()} <= held
+    assert {
+        ffn.up_FD.untyped_storage().data_ptr(),
+        ffn.down_DF.untyped_storage().data_ptr(),
+    } <= held
 
 
 @pytest.mark.parametrize("case", ROWS, ids=str)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from moesaic._errors import InputError, RunError
 from moesaic.models.ffn import FFN
 from moesaic.nn.layer import MoELayer
 from moesaic.ops.weights import ExpertWeights
@@ -30,7 +31,7 @@ class Collector(Protocol):
 
 
 class Inputs:
-    """The inputs themselves, in bfloat16: 2 * T * D bytes.
+    """The inputs themselves, in bfloat16: 2 * T * D bytes, twice that while they are joined.
 
     Enough to derive anything later, such as the Grams of blocks that are not cut yet.
     """
@@ -79,13 +80,16 @@ class Neurons:
 
     def __init__(self, ffn: FFN | MoELayer) -> None:
         if isinstance(ffn, MoELayer):
-            raise TypeError("neurons are collected on a dense network, got a converted layer")
+            raise InputError(
+                "collector 'neurons' needs a dense network, got a converted layer; give the dense "
+                "parent"
+            )
         self.ffn = ffn
         self.norm_F = ffn.down_DF.float().norm(dim=0)
         self.sum_F = torch.zeros_like(self.norm_F)
         self.square_F = torch.zeros_like(self.norm_F)
         self.value_F = torch.zeros_like(self.norm_F)
-        self.sum_FF = torch.zeros(ffn.width, ffn.width)
+        self.sum_FF = self.norm_F.new_zeros(ffn.width, ffn.width)
         self.count = 0
 
     def update(self, h_TD: Tensor) -> None:
@@ -116,9 +120,13 @@ class Grams:
 
     def __init__(self, ffn: FFN | MoELayer) -> None:
         if not isinstance(ffn, MoELayer) or ffn.experts is None:
-            raise TypeError("Grams are collected on a converted layer that has experts")
+            raise InputError(
+                "collector 'grams' needs converted layers that have experts, got one without; "
+                "convert the model first"
+            )
         self.weights = ffn.experts.weights()
-        self.sum_EE = torch.zeros(self.weights.num_experts, self.weights.num_experts)
+        num_experts = self.weights.num_experts
+        self.sum_EE = torch.zeros(num_experts, num_experts, device=self.weights.up.device)
         self.count = 0
 
     def update(self, h_TD: Tensor) -> None:
@@ -137,7 +145,10 @@ class Routes:
 
     def __init__(self, ffn: FFN | MoELayer) -> None:
         if not isinstance(ffn, MoELayer) or ffn.router is None:
-            raise TypeError("routes are collected on a converted layer that has a router")
+            raise InputError(
+                "collector 'routes' needs converted layers that have a router, got one without; "
+                "convert the model first"
+            )
         self.router = ffn.router
         self.ids: list[Tensor] = []
         self.weights: list[Tensor] = []
@@ -152,13 +163,13 @@ class Routes:
         """`ids_TK` and `weights_TK`.
 
         Raises:
-            ValueError: If an expert was never used.
+            RunError: If an expert was never used.
         """
         ids_TK = torch.cat(self.ids)
         used = set(ids_TK.unique().tolist())
         unused = [e for e in range(self.router.num_experts) if e not in used]
         if unused:
-            raise ValueError(
+            raise RunError(
                 f"experts {unused} saw none of {len(ids_TK)} tokens; calibrate on more text"
             )
         return {"ids_TK": ids_TK, "weights_TK": torch.cat(self.weights)}

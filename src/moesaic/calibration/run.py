@@ -1,7 +1,7 @@
 """Calibrate: run the text through the model once and keep, per layer, what was asked for.
 
 Memory: the model, the hidden states of all tokens (T * D floats), the network inputs of one layer
-(as much again), and what the collectors hold for one layer.
+(as much again), and what the collectors hold for one layer; see `walk` and `collectors`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesaic._config import to_plain
@@ -22,14 +23,18 @@ from moesaic._files import atomic_write, read_json, require_space, write_json
 from moesaic._progress import SILENT, Progress
 from moesaic._registry import unknown_name
 from moesaic.calibration.collectors import COLLECTORS, Collector
+from moesaic.calibration.sensitivity import layer_sensitivity
 from moesaic.calibration.stats import MANIFEST, CalibrationStats, layer_file, open_stats
 from moesaic.calibration.walk import walk_layers
 from moesaic.data.blocks import TokenBlocks
 from moesaic.models.architectures import architecture_of
 from moesaic.models.checkpoint import fingerprint
-from moesaic.models.ffn import FFN, ffn_module, read_ffn
+from moesaic.models.ffn import FFN, decoder_layers, ffn_module, read_ffn
 from moesaic.nn.layer import MoELayer
 
+# The one collector that needs the whole model: a backward pass, not a walk.
+SENSITIVITY = "sensitivity"
+_SENSITIVITY_BLOCKS = 6
 # Tokens that a collector works on at a time.
 _CHUNK = 1024
 
@@ -81,13 +86,13 @@ def calibrate(
         The statistics.
 
     Raises:
-        InputError: If a collector is unknown, the text is too short, or the directory holds the
-            statistics of something else.
-        RunError: If a layer's network saw no token.
+        InputError: If a collector is unknown or does not fit the model, the text is too short, or
+            the directory holds the statistics of something else.
+        RunError: If a layer's network or an expert saw no token.
     """
     for name in collectors:
-        if name not in COLLECTORS:
-            raise InputError(unknown_name("collector", name, COLLECTORS))
+        if name not in COLLECTORS and name != SENSITIVITY:
+            raise InputError(unknown_name("collector", name, [*COLLECTORS, SENSITIVITY]))
     num_blocks = config.tokens // text.ids_NS.shape[1]
     if num_blocks < 1:
         raise InputError(
@@ -99,6 +104,8 @@ def calibrate(
             f"calibration asks for {config.tokens} tokens, the text has {text.num_tokens}; "
             "lower calibration tokens or give more text"
         )
+    for layer in decoder_layers(model):
+        _begin(model, layer, collectors)
     sample = text.take(num_blocks, seed=config.seed)
     record = {
         "model": fingerprint(model),
@@ -108,48 +115,74 @@ def calibrate(
     }
     key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     _claim(directory, key)
+    store = directory / "hidden.safetensors"
     if (directory / MANIFEST).is_file():
+        store.unlink(missing_ok=True)
         return open_stats(directory)
 
-    row = architecture_of(model.config.model_type)
-    activation = getattr(model.config, row.activation)
-    store = directory / "hidden.safetensors"
     ids_NS = torch.from_numpy(sample.ids_NS).long()
     require_space(directory, _bytes_needed(model, ids_NS.numel(), collectors), what="calibration")
     for visit in walk_layers(
         model, ids_NS, batch_blocks=config.batch_blocks, store=store, progress=progress
     ):
-        if visit.h_TD.shape[0] != ids_NS.numel():
-            raise RunError(
-                f"layer {visit.index} saw {visit.h_TD.shape[0]} of {ids_NS.numel()} tokens, so its "
-                "network does not run where the architecture table says; correct its row"
-            )
-        module = ffn_module(visit.layer, row)
-        ffn: FFN | MoELayer = (
-            module if isinstance(module, MoELayer) else read_ffn(visit.layer, row, activation)
-        )
-        active: dict[str, Collector] = {name: COLLECTORS[name](ffn) for name in collectors}
-        for h_TD in visit.h_TD.split(_CHUNK):
-            for collector in active.values():
-                collector.update(h_TD)
-        tensors = {
-            f"{name}.{key}": value.contiguous()
-            for name, collector in active.items()
-            for key, value in collector.result().items()
-        }
+        tensors = _measure(model, visit.index, visit.layer, visit.h_TD, collectors)
         with atomic_write(layer_file(directory, visit.index)) as temporary:
             save_file(tensors, temporary)
+        # Not held while the next layer is measured.
+        del tensors
+    sensitivity: list[float] = []
+    if SENSITIVITY in collectors:
+        sensitivity = layer_sensitivity(
+            model, ids_NS[:_SENSITIVITY_BLOCKS], seed=config.seed, progress=progress
+        )
     write_json(
         directory / MANIFEST,
         {
             "num_layers": model.config.num_hidden_layers,
             "num_tokens": ids_NS.numel(),
             "collectors": sorted(collectors),
+            "sensitivity": sensitivity,
             "text": {"blocks": record["blocks"], "sources": to_plain(sample.provenance)},
         },
     )
     store.unlink(missing_ok=True)
     return open_stats(directory)
+
+
+def _begin(
+    model: PreTrainedModel, layer: nn.Module, collectors: tuple[str, ...]
+) -> dict[str, Collector]:
+    """Make the collectors of a layer, which refuse a layer that they cannot measure."""
+    row = architecture_of(model.config.model_type)
+    module = ffn_module(layer, row)
+    ffn: FFN | MoELayer = (
+        module
+        if isinstance(module, MoELayer)
+        else read_ffn(layer, row, getattr(model.config, row.activation))
+    )
+    return {name: COLLECTORS[name](ffn) for name in collectors if name != SENSITIVITY}
+
+
+def _measure(
+    model: PreTrainedModel,
+    index: int,
+    layer: nn.Module,
+    h_TD: Tensor,
+    collectors: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """Show a layer's inputs to its collectors; gives `collector.tensor` to tensor."""
+    active = _begin(model, layer, collectors)
+    for piece_TD in h_TD.split(_CHUNK):
+        for collector in active.values():
+            collector.update(piece_TD)
+    try:
+        return {
+            f"{name}.{key}": value.contiguous()
+            for name, collector in active.items()
+            for key, value in collector.result().items()
+        }
+    except RunError as error:
+        raise RunError(f"in layer {index} {error}") from error
 
 
 def _claim(directory: Path, key: str) -> None:
@@ -161,8 +194,13 @@ def _claim(directory: Path, key: str) -> None:
                 f"{directory} holds the calibration of another model, text or config; choose "
                 "another directory or delete it"
             )
+        # What a write that was killed left would stay for good.
+        for left in directory.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
         return
-    if directory.exists() and any(directory.iterdir()):
+    # What a write that was killed left is ours.
+    names = [p.name for p in directory.iterdir()] if directory.exists() else []
+    if not all(name.startswith(".key.json.") for name in names):
         raise InputError(f"{directory} is not empty and holds no calibration; choose another")
     shutil.rmtree(directory, ignore_errors=True)
     write_json(path, {"key": key})

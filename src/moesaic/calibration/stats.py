@@ -26,6 +26,7 @@ class CalibrationStats:
         num_tokens: Tokens that every layer saw.
         collectors: Names of what was collected.
         text: Provenance of the text.
+        sensitivity: Of every layer, if it was collected; see `layer_sensitivity`.
     """
 
     directory: Path
@@ -33,6 +34,7 @@ class CalibrationStats:
     num_tokens: int
     collectors: tuple[str, ...]
     text: dict[str, Any]
+    sensitivity: tuple[float, ...] = ()
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """Read the statistics of one layer, `collector.tensor` to tensor."""
@@ -44,12 +46,22 @@ class CalibrationStats:
                 f"{path} cannot be read ({error}); delete {self.directory} and calibrate again"
             ) from error
 
-    def require(self, *names: str, by: str) -> None:
-        """Refuse to work without a collector.
+    def require(self, *names: str, by: str, num_layers: int) -> None:
+        """Refuse to work without a collector, or with the statistics of another model.
+
+        Args:
+            names: Collectors that are needed.
+            by: Who needs them.
+            num_layers: Layers of the model that is worked on.
 
         Raises:
             InputError: Naming what is missing and who needs it.
         """
+        if self.num_layers != num_layers:
+            raise InputError(
+                f"{self.directory} was measured on {self.num_layers} layers, the model has "
+                f"{num_layers}; calibrate this model"
+            )
         missing = [name for name in names if name not in self.collectors]
         if missing:
             raise InputError(
@@ -79,10 +91,11 @@ def open_stats(directory: Path) -> CalibrationStats:
         num_tokens=record["num_tokens"],
         collectors=tuple(record["collectors"]),
         text=record["text"],
+        sensitivity=tuple(record["sensitivity"]),
     )
     for index in range(stats.num_layers):
         if not layer_file(directory, index).is_file():
             raise CheckpointError(
-                f"{layer_file(directory, index)} is missing; calibrate again to restore it"
+                f"{layer_file(directory, index)} is missing; delete {directory} and calibrate again"
             )
     return stats

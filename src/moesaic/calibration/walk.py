@@ -1,7 +1,9 @@
 """Run a decoder one layer at a time over stored text, so that one layer's data is live at once.
 
-The hidden states of all tokens are kept between layers (tokens * D floats); with a store they are
-on disk after every layer, and an interrupted walk goes on with the next one.
+Memory: the hidden states of all tokens between two layers (T * D floats) and the inputs of one
+network (as much again, in one buffer for all layers). With a store the states are on disk after
+every layer, and an interrupted walk goes on with the next one; writing takes T * D floats for as
+long as it lasts.
 
 Shapes: N blocks, S tokens of a block, T = N * S tokens, D model width.
 """
@@ -14,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moesaic._errors import CheckpointError, RunError
 from moesaic._files import atomic_write
 from moesaic._progress import SILENT, Progress
 from moesaic.models.architectures import architecture_of
@@ -32,12 +35,40 @@ class LayerVisit:
     Attributes:
         index: Number of the layer, from 0.
         layer: The decoder layer.
-        h_TD: Input of its network for every token, [T, D].
+        h_TD: Input of its network for every token, [T, D]; overwritten when the loop goes on.
     """
 
     index: int
     layer: nn.Module
     h_TD: Tensor
+
+
+class _Inputs:
+    """What reaches a network, for all tokens in one buffer that serves layer after layer."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        self.count = 0
+        self.buffer_TD = torch.empty(0, 0)
+
+    def keep(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Hook in front of the network."""
+        piece_TD = args[0].detach().reshape(-1, args[0].shape[-1])
+        if self.buffer_TD.shape[1] != piece_TD.shape[1]:
+            self.buffer_TD = piece_TD.new_empty(self.num_tokens, piece_TD.shape[1])
+        start, self.count = self.count, self.count + piece_TD.shape[0]
+        if self.count <= self.num_tokens:
+            self.buffer_TD[start : self.count] = piece_TD
+
+    def take(self, index: int) -> Tensor:
+        """Give the inputs of a layer that ran, and be ready for the next."""
+        count, self.count = self.count, 0
+        if count != self.num_tokens:
+            raise RunError(
+                f"the network of layer {index} saw {count} of {self.num_tokens} tokens, so it does "
+                "not run where the architecture table says; correct its row"
+            )
+        return self.buffer_TD
 
 
 class _LayerReachedError(Exception):
@@ -66,7 +97,12 @@ def walk_layers(
     Yields:
         The layers that were not visited before. When the loop comes back, the layer counts as
         visited.
+
+    Raises:
+        RunError: If a network did not see every token once.
+        CheckpointError: If the store is damaged.
     """
+    ids_NS = ids_NS.to(model.device)
     row = architecture_of(model.config.model_type)
     layers = decoder_layers(model)
     arguments = _layer_arguments(model, layers, ids_NS[:1])
@@ -75,15 +111,11 @@ def walk_layers(
         hidden_NSD = torch.cat(
             [_embed(model, layers[0], ids) for ids in ids_NS.split(batch_blocks)]
         )
+    inputs = _Inputs(ids_NS.numel())
     with progress.stage("calibrate", (len(layers) - first) * ids_NS.numel(), "tokens") as stage:
         for index in range(first, len(layers)):
             layer = layers[index]
-            inputs: list[Tensor] = []
-
-            def keep(module: nn.Module, args: tuple[Tensor, ...], inputs: Any = inputs) -> None:
-                inputs.append(args[0].detach().reshape(-1, args[0].shape[-1]))
-
-            handle = ffn_module(layer, row).register_forward_pre_hook(keep)
+            handle = ffn_module(layer, row).register_forward_pre_hook(inputs.keep)
             try:
                 for start in range(0, len(hidden_NSD), batch_blocks):
                     piece = hidden_NSD[start : start + batch_blocks]
@@ -95,7 +127,7 @@ def walk_layers(
                     stage.advance(piece.shape[0] * piece.shape[1])
             finally:
                 handle.remove()
-            yield LayerVisit(index, layer, torch.cat(inputs))
+            yield LayerVisit(index, layer, inputs.take(index))
             _keep(store, index + 1, hidden_NSD)
 
 
@@ -144,8 +176,13 @@ def _embed(model: PreTrainedModel, first_layer: nn.Module, ids_NS: Tensor) -> Te
 def _restore(store: Path | None) -> tuple[int, Tensor | None]:
     if store is None or not store.exists():
         return 0, None
-    with safe_open(store, framework="pt") as file:
-        return int(file.metadata()["layers"]), file.get_tensor("hidden")
+    try:
+        with safe_open(store, framework="pt") as file:
+            return int(file.metadata()["layers"]), file.get_tensor("hidden")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{store} cannot be read ({error}); delete {store.parent} and calibrate again"
+        ) from error
 
 
 def _keep(store: Path | None, num_done: int, hidden_NSD: Tensor) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,13 +25,14 @@ from moesaic._errors import InputError
 from moesaic._files import atomic_write
 from moesaic._progress import SILENT, Progress
 from moesaic.calibration.stats import CalibrationStats
-from moesaic.conversion.gram_router import RouterFit, fit_router
+from moesaic.conversion.allocation import allocate
+from moesaic.conversion.gram_router import FRACTIONS, RouterFit, fit_router
 from moesaic.conversion.partition._base import PartitionInput, validate_num_experts
 from moesaic.conversion.partition._table import PARTITIONS
 from moesaic.models.architectures import ARCHITECTURES, architecture_of
 from moesaic.models.ffn import FFN, decoder_layers, fill_experts, put_layer, read_ffn
 from moesaic.models.modeling import adopt
-from moesaic.nn.layer import LayerConfig, MoELayer
+from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold, SigmoidThresholdConfig
 
 
@@ -46,6 +48,8 @@ class DSMoE:
         init: How routers start: `random` (the paper), `open` (all gates on: the dense model) or
             `gram` (fitted to the calibration inputs at the fraction `active`).
         active: Active fraction that the routers are fitted to, in (0, 1].
+        allocation: How fitted layers share it: by `sensitivity` (insensitive layers run fewer
+            blocks) or `uniform`.
         router: Threshold, estimator, value and normalisation of the gates.
         sparse_coef: Weight of the sparsity loss in training; 1 is the paper's.
         sparse_of: What the sparsity loss sums: `gates` (the paper) or `straight-through`.
@@ -58,6 +62,7 @@ class DSMoE:
     partition_options: Mapping[str, Any] = field(default_factory=dict)
     init: Literal["random", "open", "gram"] = "gram"
     active: float = 0.7
+    allocation: Literal["sensitivity", "uniform"] = "sensitivity"
     router: SigmoidThresholdConfig = field(
         default_factory=lambda: SigmoidThresholdConfig(value="one", normalize="none", bias=True)
     )
@@ -68,6 +73,8 @@ class DSMoE:
 
     def __post_init__(self) -> None:
         PARTITIONS[self.partition]
+        if self.partition_options:
+            self.options_of_partition()
         if not 0.0 < self.active <= 1.0:
             raise InputError(f"active must be in (0, 1], got {self.active}; 0.7 keeps 70%")
         if self.sparse_coef < 0 or self.fit_steps < 1:
@@ -80,6 +87,14 @@ class DSMoE:
         if self.seed < 0:
             raise InputError(f"seed must be at least 0, got {self.seed}")
 
+    def options_of_partition(self) -> Any:
+        """Settings of the partition, checked."""
+        return build_config(
+            PARTITIONS.load_config(self.partition),
+            self.partition_options,
+            where=f"partition {self.partition}",
+        )
+
     def collectors(self) -> tuple[str, ...]:
         """Names of the calibration collectors that these settings need."""
         needs = {
@@ -89,6 +104,8 @@ class DSMoE:
         }
         if self.init == "gram" and self.active < 1.0:
             needs.add("inputs")
+            if self.allocation == "sensitivity":
+                needs.add("sensitivity")
         return tuple(sorted(needs))
 
 
@@ -139,7 +156,7 @@ def convert_dsmoe(
     if needed := config.collectors():
         if stats is None:
             raise InputError(f"dsmoe with these settings needs calibration of {', '.join(needed)}")
-        stats.require(*needed, by="dsmoe")
+        stats.require(*needed, by="dsmoe", num_layers=len(layers))
 
     dim = model.config.hidden_size
     plain_layers: list[Any] = []
@@ -151,7 +168,7 @@ def convert_dsmoe(
             "dense_width": read_ffn(layers[0], row, activation).width,
         },
     )
-    fits: list[dict[str, float]] = []
+    fits: list[RouterFit] = []
     with progress.stage("convert", len(layers), "layers") as stage:
         for index, layer in enumerate(layers):
             ffn = read_ffn(layer, row, activation)
@@ -161,10 +178,29 @@ def convert_dsmoe(
             put_layer(layer, row, moe.to(ffn.up_FD.device).eval())
             plain_layers.append(to_plain(spec))
             if fit is not None:
-                fits.append({"active": fit.active, "error": fit.error})
+                fits.append(fit)
             stage.advance()
     model.config.moesaic["layers"] = plain_layers
-    return model.eval(), {"fit": fits} if fits else {}
+    return model.eval(), _share_budget(model, fits, stats, config) if fits else {}
+
+
+def _share_budget(
+    model: PreTrainedModel, fits: list[RouterFit], stats: CalibrationStats | None, config: DSMoE
+) -> dict[str, Any]:
+    """Move every fitted router to its layer's part of the budget."""
+    assert stats is not None
+    actives = [fit.active for fit in fits]
+    if config.allocation == "sensitivity":
+        errors = [fit.errors for fit in fits]
+        actives = allocate(stats.sensitivity, errors, FRACTIONS, config.active)
+        for layer, fit, active in zip(moe_layers(model), fits, actives, strict=True):
+            assert isinstance(layer.router, SigmoidThreshold)
+            assert layer.router.bias is not None
+            layer.router.bias.sub_(float(np.interp(active, FRACTIONS, fit.shifts)))
+    return {
+        "active_per_layer": [round(active, 4) for active in actives],
+        "error_per_layer": [round(fit.error(), 5) for fit in fits],
+    }
 
 
 def _layer_config(ffn: FFN, config: DSMoE, *, gated: bool) -> LayerConfig:
@@ -199,8 +235,11 @@ def _convert_layer(
         router.weight.copy_(saved["weight"])
         if router.bias is not None:
             router.bias.copy_(saved["bias"])
-        active, error = saved["fit"].tolist()
-        return None if active < 0 else RouterFit(active, error)
+        if "active" not in saved:
+            return None
+        return RouterFit(
+            float(saved["active"]), tuple(saved["shifts"].tolist()), tuple(saved["errors"].tolist())
+        )
 
     measured = stats.layer(index) if stats is not None and config.collectors() else {}
     neurons = {
@@ -208,11 +247,6 @@ def _convert_layer(
         for name, value in measured.items()
         if name.startswith("neurons.")
     }
-    options = build_config(
-        PARTITIONS.load_config(config.partition),
-        config.partition_options,
-        where=f"partition {config.partition}",
-    )
     source = PartitionInput(
         num_experts=config.experts,
         num_neurons=ffn.width,
@@ -221,15 +255,17 @@ def _convert_layer(
         stats=neurons,
         seed=config.seed + index,
     )
-    permutation_F: Tensor = PARTITIONS.load(config.partition)(source, options)
+    permutation_F: Tensor = PARTITIONS.load(config.partition)(source, config.options_of_partition())
     fill_experts(moe, ffn.keep(permutation_F))
     fit = _start_router(router, moe, measured, index, config)
     if file is not None:
         tensors = {
             "permutation_F": permutation_F,
             "weight": router.weight.detach(),
-            "fit": torch.tensor([fit.active, fit.error] if fit else [-1.0, -1.0]).double(),
         }
+        if fit is not None:
+            for name in ("active", "shifts", "errors"):
+                tensors[name] = torch.tensor(getattr(fit, name), dtype=torch.float64)
         if router.bias is not None:
             tensors["bias"] = router.bias.detach()
         with atomic_write(file) as temporary:

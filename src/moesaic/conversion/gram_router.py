@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from moesaic.calibration.collectors import block_outputs
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 
+# Active fractions at which a fitted router is measured.
+FRACTIONS = tuple(round(0.05 * step, 2) for step in range(2, 21))
 # Floats of all Grams of a layer: bounds them to 256 MB.
 _MAX_GRAM = 1 << 26
 _CHUNK = 256
@@ -36,25 +39,37 @@ class RouterFit:
 
     Attributes:
         active: Mean active fraction of experts.
-        error: Squared error of the layer's output, relative to the mean square of the output.
+        shifts: What to take from the bias for each of `FRACTIONS` to be on.
+        errors: Relative squared error of the layer's output there.
     """
 
     active: float
-    error: float
+    shifts: tuple[float, ...]
+    errors: tuple[float, ...]
+
+    def error(self) -> float:
+        """Error at the fraction that the router was fitted to."""
+        return float(np.interp(self.active, FRACTIONS, self.errors))
 
 
 @torch.no_grad()
 def token_grams(h_TD: Tensor, experts: Experts) -> Tensor:
-    """Gram matrix of the block outputs of every token, relative to the mean |y|^2, [T, E, E]."""
+    """Gram matrix of the block outputs of every token, scaled, [T, E, E].
+
+    A token counts by the length of its output, where the plain error counts by its square: with
+    that, the few tokens of massive activations would be all that a router learns. A token quieter
+    than the median counts by its square.
+    """
     weights = experts.weights()
     grams = []
-    total = 0.0
     for h in h_TD.split(_CHUNK):
         o_TED = block_outputs(h.to(weights.up.dtype), weights)
-        total += float(o_TED.sum(1).square().sum())
         grams.append(torch.bmm(o_TED, o_TED.transpose(1, 2)))
-    mean = total / h_TD.shape[0]
-    return torch.cat(grams).div_(mean if mean > 0 else 1.0)
+    gram_TEE = torch.cat(grams)
+    energy_T = gram_TEE.sum((1, 2))
+    median = energy_T.median().clamp(min=torch.finfo(energy_T.dtype).tiny)
+    scale_T = (energy_T.clamp(min=median) * median).sqrt()
+    return gram_TEE.div_(scale_T[:, None, None])
 
 
 def fit_router(
@@ -108,16 +123,24 @@ def fit_router(
     router.train(was_training)
 
     with torch.no_grad():
-        held_TE = x_TD[num_train:] @ weight_ED.T + bias_E
-        if held_TE.shape[0] == 0:
-            held_TE = x_TD @ weight_ED.T + bias_E
+        held = slice(num_train, None) if num_train < len(order) else slice(None)
+        held_TE = x_TD[held] @ weight_ED.T + bias_E
         shift = _shift(held_TE, active, router.threshold)
         folded_ED = weight_ED @ whiten_DD
         router.weight.copy_(folded_ED)
         router.bias.copy_(bias_E - shift - folded_ED @ mean_D)
-        weights_TE = router.decide(held_TE - shift).weights_TE()
-        error = gram_error(gram_TEE[-len(weights_TE) :], weights_TE)
-        return RouterFit(float((weights_TE != 0).float().mean()), float(error))
+        return _measure(router, held_TE - shift, gram_TEE[held])
+
+
+def _measure(router: SigmoidThreshold, scores_TE: Tensor, gram_TEE: Tensor) -> RouterFit:
+    """Measure a router at its own bias and moved to every fraction."""
+    shifts = [_shift(scores_TE, fraction, router.threshold) for fraction in FRACTIONS]
+    errors = [
+        float(gram_error(gram_TEE, router.decide(scores_TE - shift).weights_TE()))
+        for shift in shifts
+    ]
+    active = float(router.decide(scores_TE).active_TE().float().mean())
+    return RouterFit(active, tuple(shifts), tuple(errors))
 
 
 def gram_error(gram_TEE: Tensor, weights_TE: Tensor) -> Tensor:
@@ -150,6 +173,9 @@ def _first_guess(x_TD: Tensor, gram_TEE: Tensor) -> tuple[Tensor, Tensor]:
 def _shift(scores_TE: Tensor, active: float, threshold: float) -> float:
     """What to take from all scores so that a fraction `active` of gates exceeds the threshold."""
     # kthvalue, since quantile refuses large inputs.
-    rank = min(scores_TE.numel(), max(1, round((1 - active) * scores_TE.numel())))
-    cut = float(scores_TE.flatten().kthvalue(rank).values)
-    return cut - math.log(threshold / (1 - threshold)) if threshold > 0 else cut
+    rank = round((1 - active) * scores_TE.numel())
+    if rank < 1:
+        cut = float(scores_TE.min()) - 1.0
+    else:
+        cut = float(scores_TE.flatten().kthvalue(rank).values)
+    return cut - math.log(threshold / (1 - threshold))

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moesaic.models.auto import register
     from moesaic.models.checkpoint import (
         add_step,
         load,
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
         new_manifest,
         save,
     )
-    from moesaic.models.auto import register
     from moesaic.models.modeling import adopt
 
 # Imported on first use: configs are registered while transformers is still being imported, and

@@ -26,13 +26,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from moesaic._errors import CheckpointError, InputError
+from moesaic._errors import CheckpointError, InputError, MoesaicError
 from moesaic._files import atomic_directory, read_json, require_space, sha256_of, write_json
 from moesaic.models.architectures import ARCHITECTURES, architecture_of
 from moesaic.models.auto import register
 
 MANIFEST = "moesaic.json"
 _SCHEMA = 1
+# Small shards bound the copy that serialising makes.
+_SHARD_BYTES = 64_000_000
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -115,20 +117,13 @@ def load_dense(source: str, *, dtype: str = "float32") -> PreTrainedModel:
     config = read_config(source)
     if config.model_type not in ARCHITECTURES:
         raise InputError(f"model {source!r} is converted already; give its dense parent")
-    directory, gguf_file = resolve_source(source)
-    _check_weights(Path(directory))
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, gguf_file=gguf_file, dtype=dtype_of(dtype)
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"model {source!r} cannot be loaded: {_first_line(error)}") from error
+    model = _read_model(source, dtype_of(dtype))
     # A dequantised model is plain, and transformers saves no model that says otherwise.
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
-    dense: PreTrainedModel = model.eval()
+    dense: PreTrainedModel = model
     return dense
 
 
@@ -159,17 +154,35 @@ def load(path: str | Path, *, dtype: str | None = None, verify: bool = True) -> 
         CheckpointError: Naming the file that is missing, cut short or edited.
     """
     path = Path(path)
-    read_config(str(path))
+    config = read_config(str(path))
     if verify:
         verify_files(path)
+    if config.model_type in ARCHITECTURES:
+        raise InputError(f"{path} is a dense model; convert it first or use load_dense")
+    model: PreTrainedModel = _read_model(str(path), "auto" if dtype is None else dtype_of(dtype))
+    return model
+
+
+def _read_model(source: str, dtype: torch.dtype | str) -> Any:
+    """Load every weight of a model, or say which file or weight is wrong."""
+    directory, gguf_file = resolve_source(source)
+    _check_weights(Path(directory))
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto" if dtype is None else dtype_of(dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, gguf_file=gguf_file, dtype=dtype, output_loading_info=True
         )
+    except MoesaicError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {_first_line(error)}") from error
-    converted: PreTrainedModel = model.eval()
-    return converted
+        raise CheckpointError(f"model {source!r} cannot be loaded: {_first_line(error)}") from error
+    model, report = loaded
+    # transformers draws missing weights at random and goes on.
+    if missing := sorted(report["missing_keys"]):
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"model {source!r} lacks {missing[0]}{others}; fetch it again or convert again"
+        )
+    return model.eval()
 
 
 def save(
@@ -190,9 +203,7 @@ def save(
     num_bytes = model.get_memory_footprint()
     require_space(path.parent, int(1.05 * num_bytes) + 16_000_000, what="the checkpoint")
     with atomic_directory(path) as temporary:
-        # Small shards bound the copy that serialising makes.
-        shard = max(64_000_000, num_bytes // 10)
-        model.save_pretrained(temporary, max_shard_size=shard)
+        model.save_pretrained(temporary, max_shard_size=max(_SHARD_BYTES, num_bytes // 10))
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         files = {
@@ -226,7 +237,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.is_file():
         raise CheckpointError(f"{file} is missing, so {path} is not a moesaic checkpoint")
-    manifest: dict[str, Any] = read_json(file)
+    manifest = read_json(file)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{file} lists no files; restore it or convert again")
     if manifest.get("schema") != _SCHEMA:
         raise CheckpointError(
             f"{file} has schema {manifest.get('schema')!r}, this version reads {_SCHEMA}; "
@@ -271,8 +284,15 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _check_weights(directory: Path) -> None:
-    """Name a safetensors file that is cut short, before anything reads it."""
-    for file in sorted(directory.glob("*.safetensors")) if directory.is_dir() else []:
+    """Name a safetensors file that is missing or damaged, before anything reads it."""
+    if not directory.is_dir():
+        return
+    index = directory / "model.safetensors.index.json"
+    shards = read_json(index)["weight_map"].values() if index.is_file() else ()
+    for name in sorted(set(shards)):
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory / name} is missing; fetch it again")
+    for file in sorted(directory.glob("*.safetensors")):
         size = file.stat().st_size
         with file.open("rb") as handle:
             head = handle.read(8)
@@ -281,14 +301,15 @@ def _check_weights(directory: Path) -> None:
                 raise CheckpointError(f"{file} is cut short: {size} bytes; fetch it again")
             try:
                 header = json.loads(handle.read(length))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                tensors = [v for k, v in header.items() if k != "__metadata__"]
+                end = 8 + length + max((v["data_offsets"][1] for v in tensors), default=0)
+            except (ValueError, AttributeError, LookupError, TypeError) as error:
                 raise CheckpointError(
                     f"{file} is not a safetensors file; fetch it again"
                 ) from error
-        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-        if 8 + length + max(ends, default=0) != size:
+        if end != size:
             raise CheckpointError(
-                f"{file} has {size} bytes, its header says {8 + length + max(ends, default=0)}; "
+                f"{file} has {size} bytes, its header says {end}; "
                 "it is cut short or edited, fetch it again"
             )
 

@@ -79,6 +79,15 @@ def ffn_module(layer: nn.Module, row: Architecture) -> nn.Module:
     return module
 
 
+def ffn_output(layer: nn.Module, row: Architecture) -> nn.Module:
+    """The module of a decoder layer whose output is the network's output, dense or converted."""
+    module = ffn_module(layer, row)
+    if isinstance(module, MoELayer):
+        return module
+    down: nn.Module = attrgetter(row.down)(layer)
+    return down
+
+
 def read_ffn(layer: nn.Module, row: Architecture, act: str) -> FFN:
     """Read the dense network of a decoder layer; the tensors share its memory where they can."""
 

@@ -9,6 +9,7 @@ Shapes: B sequences, S positions, T = B * S tokens, E experts.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Mapping
@@ -22,11 +23,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from moesaic._config import build_config
+from moesaic._errors import InputError
 from moesaic.models.architectures import ARCHITECTURES, Architecture
 from moesaic.models.ffn import decoder_layers, put_layer
 from moesaic.models.remote import write_code
 from moesaic.nn.experts._base import Experts
-from moesaic.nn.layer import LayerConfig, MoELayer, record_routing
+from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers, record_routing
 from moesaic.nn.losses._table import LOSSES
 from moesaic.nn.routers._base import Router
 from moesaic.nn.routing import Routing
@@ -78,7 +80,12 @@ class MoesaicMixin:
 
         Returns:
             A scalar in float32.
+
+        Raises:
+            InputError: If routers that train were recorded without their gradient.
         """
+        if self.loss_terms and torch.is_grad_enabled():
+            self._check_gradient(routings)
         total = torch.zeros((), device=mask_BS.device)
         for term in self.loss_terms.values():
             losses = [term.function(routing, mask_BS, term.config) for routing in routings]
@@ -88,6 +95,17 @@ class MoesaicMixin:
                 total = total + loss / len(routings)
         return total
 
+    def _check_gradient(self, routings: list[Routing]) -> None:
+        """Refuse the one form of recomputation that would drop the losses' gradient unsaid."""
+        assert isinstance(self, nn.Module)
+        routers = [layer.router for layer in moe_layers(self) if layer.router is not None]
+        all_train = all(p.requires_grad for router in routers for p in router.parameters())
+        if all_train and not all(routing.scores_TE.requires_grad for routing in routings):
+            raise InputError(
+                "gradient checkpointing with use_reentrant=True gives the routing losses no "
+                "gradient; set use_reentrant to False in gradient_checkpointing_kwargs"
+            )
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (Router, Experts)):
             module.reset_parameters()
@@ -96,6 +114,13 @@ class MoesaicMixin:
                 nn.init.zeros_(module.output_bias)
         else:
             super()._init_weights(module)  # type: ignore[misc]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Do nothing: `save_pretrained` writes all the code, where transformers would write less.
+
+        It would name the module of this class as the entry, which imports the methods lazily.
+        """
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
         """Save as transformers does, with the code that loads it where moesaic is missing."""
@@ -204,6 +229,7 @@ def moesaic_classes(row: Architecture) -> tuple[type[PreTrainedConfig], type[Pre
             "base_model_tp_plan": None,
             "moesaic": None,
             "output_router_logits": False,
+            "register_for_auto_class": classmethod(lambda cls, auto_class=None: None),
         },
     )
     model_class = type(
@@ -255,7 +281,7 @@ def adopt(model: PreTrainedModel, moesaic: Mapping[str, Any]) -> PreTrainedModel
     config_class, model_class = register_classes(row)
     dense_config = model.config
     values = {k: v for k, v in dense_config.to_dict().items() if k != "model_type"}
-    config: Any = config_class(**{**values, "moesaic": dict(moesaic)})
+    config: Any = config_class(**{**values, "moesaic": copy.deepcopy(dict(moesaic))})
     config._attn_implementation = dense_config._attn_implementation
     # Every module that reads the config must read the new one.
     for module in model.modules():

@@ -1,8 +1,8 @@
 """The code beside a checkpoint: this package's own files, to load it where moesaic is missing.
 
 transformers copies a checkpoint's modules by their relative imports and knows no subpackages, so
-`moesaic/nn/layer.py` becomes `moesaic_nn_layer.py` and `moesaic.nn.layer` in it becomes
-`.moesaic_nn_layer`. Nothing else changes: there is no second implementation.
+`moesaic/nn/layer.py` becomes `moesaic_nn_layer.py`, and the dotted name of a module becomes that
+name, relative. Nothing else changes: there is no second implementation.
 """
 
 from __future__ import annotations

@@ -106,11 +106,11 @@ class MoELayer(nn.Module):
         out_TD: Tensor | None = None
         if self.router is not None and self.experts is not None:
             if self.all_on:
-                out_TD = self.experts.dense(h_TD)
+                out_TD = self.experts(h_TD, None)
             else:
                 out_TD = self.experts(h_TD, self.router(h_TD, state))
         if self.shared is not None:
-            shared_TD = self.shared.dense(h_TD)
+            shared_TD = self.shared(h_TD, None)
             out_TD = shared_TD if out_TD is None else out_TD + shared_TD
         if out_TD is None:
             out_TD = torch.zeros_like(h_TD)

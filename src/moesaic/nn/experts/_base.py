@@ -50,8 +50,10 @@ class Experts(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw fresh weights."""
 
-    def forward(self, h_TD: Tensor, routing: Routing) -> Tensor:
-        """Sum the weighted outputs of each token's experts, [T, D]."""
+    def forward(self, h_TD: Tensor, routing: Routing | None = None) -> Tensor:
+        """Sum the weighted outputs of each token's experts, [T, D]; without routing, of all."""
+        if routing is None:
+            return self.dense(h_TD)
         return apply_experts(h_TD, routing.ids_TK, routing.weights_TK, self.weights(), self.backend)
 
     def dense(self, h_TD: Tensor) -> Tensor:

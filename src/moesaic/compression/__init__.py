@@ -1,0 +1,1 @@
+"""Making a model smaller for every token alike."""

@@ -1,0 +1,1 @@
+"""Removing parts of a model for good."""

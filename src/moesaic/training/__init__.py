@@ -1,0 +1,6 @@
+"""Recovering quality: self-distillation inside the HF Trainer, at a requested compute budget."""
+
+from moesaic.training.config import TrainConfig
+from moesaic.training.run import train
+
+__all__ = ["TrainConfig", "train"]

@@ -1,0 +1,96 @@
+"""Meeting a requested active fraction: dual ascent on the sparsity coefficient, then a threshold.
+
+Shapes: T tokens, E experts, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moesaic._errors import InputError
+from moesaic.nn.layer import moe_layers, record_routing
+from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
+from moesaic.nn.routing import Routing
+
+# Scores looked at to place the threshold: bounds its memory to 64 MB.
+_MAX_SCORES = 1 << 24
+
+
+class BudgetControl:
+    """The multiplier of the constraint "mean active fraction is at most the target".
+
+    A proportional term answers the last measurement, an integral one remembers; the coefficient
+    never falls below zero.
+
+    Args:
+        target: Active fraction to reach.
+        coef: First coefficient.
+        rate: Gain of the integral term; the proportional one is ten times it.
+    """
+
+    def __init__(self, target: float, coef: float, rate: float) -> None:
+        self.target = target
+        self.rate = rate
+        self.integral = coef
+
+    def update(self, active: float) -> float:
+        """Take in the measured fraction of a step; return the coefficient of the next."""
+        excess = active - self.target
+        self.integral = max(0.0, self.integral + self.rate * excess)
+        return max(0.0, self.integral + 10 * self.rate * excess)
+
+
+def active_fraction(routings: Iterable[Routing], mask_T: Tensor | None = None) -> list[float]:
+    """Mean active fraction of experts in each layer."""
+    fractions = []
+    for routing in routings:
+        tokens = routing.ids_TK.shape[0] if mask_T is None else int(mask_T.sum())
+        counts = routing.counts_E(mask_T).sum()
+        fractions.append(float(counts) / (max(1, tokens) * routing.num_experts))
+    return fractions
+
+
+@torch.no_grad()
+def settle_threshold(model: PreTrainedModel, ids_NS: Tensor, active: float) -> float:
+    """Move the threshold of all layers to where the mean active fraction is what was asked for.
+
+    Args:
+        model: A DSMoE whose layers have equally many equally wide experts.
+        ids_NS: Text to measure on, [N, S]; not the held-out text.
+        active: Active fraction to meet.
+
+    Returns:
+        The threshold, which is also written into the config.
+
+    Raises:
+        InputError: If a layer has no sigmoid router.
+    """
+    routers = [layer.router for layer in moe_layers(model)]
+    scores = []
+    was_training = model.training
+    model.eval()
+    # A router's decisions change what later layers see, so place the threshold twice.
+    for _ in range(2):
+        scores.clear()
+        for ids_BS in ids_NS.split(2):
+            with record_routing(model) as routings:
+                model(input_ids=ids_BS, use_cache=False, logits_to_keep=1)
+            scores.extend(routing.scores_TE.flatten() for routing in routings)
+        all_scores = torch.cat(scores)
+        if all_scores.numel() > _MAX_SCORES:
+            all_scores = all_scores[:: math.ceil(all_scores.numel() / _MAX_SCORES)]
+        rank = min(all_scores.numel(), max(1, round((1 - active) * all_scores.numel())))
+        threshold = float(all_scores.kthvalue(rank).values.sigmoid())
+        for router in routers:
+            if not isinstance(router, SigmoidThreshold):
+                raise InputError("a budget needs sigmoid routers in every layer; set active to 0")
+            router.threshold = threshold
+    for layer in model.config.moesaic["layers"]:
+        layer["router_options"]["threshold"] = threshold
+    model.train(was_training)
+    return threshold

@@ -1,0 +1,201 @@
+"""Train a converted model: what trains, against what, to which budget; resumable at a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from moesaic._config import to_plain
+from moesaic._errors import InputError
+from moesaic._files import read_json, require_space, write_json
+from moesaic._progress import SILENT, Progress
+from moesaic.data.blocks import TokenBlocks
+from moesaic.nn.layer import moe_layers
+from moesaic.training.budget import BudgetControl, settle_threshold
+from moesaic.training.config import TrainConfig
+from moesaic.training.teacher import dense_teacher
+from moesaic.training.trainer import BlockDataset, DistillTrainer, StepRecorder
+
+METRICS = "metrics.jsonl"
+# Blocks of training text on which the final threshold is placed.
+_SETTLE_BLOCKS = 12
+
+
+def train(
+    model: PreTrainedModel,
+    text: TokenBlocks,
+    config: TrainConfig,
+    directory: Path,
+    progress: Progress = SILENT,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Train a converted model on text.
+
+    Run again after an interruption with the same model, text and settings, it goes on from its
+    last checkpoint and gives the same losses.
+
+    Args:
+        model: A converted model, as converted; its dense parent is its teacher.
+        text: Training text; held-out text must not be given.
+        config: Settings.
+        directory: Where metrics and checkpoints go.
+        progress: Told of every token.
+
+    Returns:
+        The model in evaluation mode and the results: the metrics of each step under `log`.
+
+    Raises:
+        InputError: Before any work, if the settings do not fit the model or the directory holds
+            another training.
+    """
+    steps = config.tokens // (config.batch_blocks * text.block)
+    if steps < 1:
+        raise InputError(
+            f"train tokens must be at least one step of {config.batch_blocks * text.block}, got "
+            f"{config.tokens}; raise tokens or lower batch_blocks"
+        )
+    if not any(layer.router is not None for layer in moe_layers(model)):
+        raise InputError("the model has no routed layer to train; convert it first")
+    if config.active > 0 and "sparsity" not in model.loss_terms:
+        raise InputError("a budget needs the sparsity loss; convert with sparse_coef, or active 0")
+    _claim(directory, {"config": to_plain(config), "blocks": text.fingerprint()})
+    require_space(directory, _checkpoint_bytes(model), what="a training checkpoint")
+
+    select_trainable(model, config.trains)
+    teacher = dense_teacher(model) if config.distill > 0 else None
+    wrapped: nn.Module = _with_adapters(model, config) if config.trains == "lora" else model
+    coef = model.loss_terms["sparsity"].coef if "sparsity" in model.loss_terms else 0.0
+    control = BudgetControl(config.active, coef, config.budget_rate) if config.active > 0 else None
+    step_tokens = config.batch_blocks * text.block
+    with progress.stage("train", steps * step_tokens, "tokens") as stage:
+        recorder = StepRecorder(directory / METRICS, control, stage, step_tokens, coef)
+        trainer = DistillTrainer(
+            wrapped,
+            model,
+            teacher,
+            config,
+            text.domains,
+            _arguments(model, config, directory, steps),
+            train_dataset=BlockDataset(text),
+            callbacks=[recorder],
+        )
+        recorder.trainer = trainer
+        _quiet(trainer)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(directory))
+    if config.trains == "lora":
+        model = wrapped.merge_and_unload()  # type: ignore[operator]
+    model.requires_grad_(True)
+    results: dict[str, Any] = {"steps": steps, "tokens": steps * step_tokens}
+    if config.active > 0:
+        ids_NS = torch.from_numpy(text.take(min(_SETTLE_BLOCKS, len(text))).ids_NS).long()
+        results["threshold"] = settle_threshold(model, ids_NS.to(model.device), config.active)
+    lines = (directory / METRICS).read_text().splitlines()
+    results["log"] = [json.loads(line) for line in lines]
+    return model.eval(), results
+
+
+def clean(directory: Path) -> None:
+    """Delete the checkpoints of a training whose result is saved; its metrics stay."""
+    for path in directory.glob("checkpoint-*"):
+        shutil.rmtree(path)
+
+
+def select_trainable(model: PreTrainedModel, trains: str) -> None:
+    """Freeze what does not train."""
+    model.requires_grad_(trains == "everything")
+    for layer in moe_layers(model):
+        if layer.router is not None:
+            layer.router.requires_grad_(True)
+        if trains == "ffn":
+            layer.requires_grad_(True)
+
+
+def _with_adapters(model: PreTrainedModel, config: TrainConfig) -> Any:
+    """Put low-rank adapters on the attention; routers go on training."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(
+            "trains 'lora' needs peft, which is not installed; pip install 'moesaic[train]'"
+        ) from error
+    inside = {id(m) for layer in moe_layers(model) for m in layer.modules()}
+    head = model.get_output_embeddings()
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in inside and module is not head
+    ]
+    wrapped = get_peft_model(
+        model,
+        LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=targets),
+    )
+    for layer in moe_layers(model):
+        if layer.router is not None:
+            layer.router.requires_grad_(True)
+    return wrapped
+
+
+def _arguments(
+    model: PreTrainedModel, config: TrainConfig, directory: Path, steps: int
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_blocks // config.accumulate,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=int(config.warmup * steps),
+        max_grad_norm=1.0,
+        save_steps=config.checkpoint_every,
+        save_total_limit=1,
+        logging_strategy="steps" if config.tensorboard else "no",
+        logging_steps=1,
+        report_to=["tensorboard"] if config.tensorboard else [],
+        restore_callback_states_from_checkpoint=False,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=model.device.type == "cpu",
+    )
+
+
+def _quiet(trainer: DistillTrainer) -> None:
+    """Progress has its own reporter; the Trainer prints nothing."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def _claim(directory: Path, key: dict[str, Any]) -> None:
+    """Make the directory ours, or refuse one that holds another training."""
+    path = directory / "train.json"
+    if path.is_file():
+        if read_json(path) != json.loads(json.dumps(key)):
+            raise InputError(
+                f"{directory} holds a training with other settings or text; choose another "
+                "directory or delete it"
+            )
+        return
+    write_json(path, key)
+
+
+def _checkpoint_bytes(model: PreTrainedModel) -> int:
+    """Disk for two checkpoints, the newest and the one it replaces: weights and AdamW's moments."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return int(2 * 3 * weights)
+
+
+def _last_checkpoint(directory: Path) -> str | None:
+    """The newest checkpoint that was written to its end."""
+    whole = [p for p in directory.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    if not whole:
+        return None
+    return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2])))

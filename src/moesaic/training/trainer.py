@@ -1,0 +1,240 @@
+"""The HF Trainer with distillation, budget control and a record of what routers do.
+
+Shapes: B sequences, S positions, T = B * S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+
+from moesaic._progress import Stage
+from moesaic.data.blocks import TokenBlocks
+from moesaic.nn.layer import record_routing
+from moesaic.training.budget import BudgetControl, active_fraction
+from moesaic.training.config import TrainConfig
+from moesaic.training.divergence import divergence
+from moesaic.training.teacher import teacher_logits
+
+
+class BlockDataset(Dataset[dict[str, Tensor]]):
+    """Blocks of text as the Trainer wants them."""
+
+    def __init__(self, blocks: TokenBlocks) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids_S = torch.from_numpy(self.blocks.ids_NS[index]).long()
+        domain = torch.tensor(int(self.blocks.domain_N[index]))
+        return {"input_ids": ids_S, "labels": ids_S, "domain": domain}
+
+
+class DistillTrainer(Trainer):
+    """Trains a converted model against its dense parent.
+
+    Args:
+        model: The model, possibly with adapters.
+        core: The converted model itself, inside `model`.
+        teacher: Its dense parent, or none without distillation.
+        config: Settings.
+        domains: Names of the domains of the text.
+        args: Arguments of the Trainer.
+        options: The rest.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        core: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        config: TrainConfig,
+        domains: tuple[str, ...],
+        args: TrainingArguments,
+        **options: Any,
+    ) -> None:
+        super().__init__(model=model, args=args, **options)
+        self.core = core
+        self.teacher = teacher
+        self.settings = config
+        self.domains = domains
+        # Sums of the current step, over its forward passes.
+        self.step_sums: dict[str, Any] = {}
+        # The losses here are means over a forward pass, which the Trainer then averages.
+        self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with a rate of its own for routers."""
+        if self.optimizer is None:
+            routers, rest = [], []
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    (routers if ".router." in name else rest).append(parameter)
+            groups = [
+                {"params": routers, "lr": self.settings.router_learning_rate},
+                {"params": rest, "lr": self.settings.learning_rate},
+            ]
+            self.optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                betas=(0.9, 0.95),
+                weight_decay=0.0,
+                fused=True,
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Sum the divergence from the parent, the language model loss and the routing losses."""
+        domain_B = inputs.pop("domain")
+        labels_BS = inputs.pop("labels")
+        config = self.settings
+        with record_routing(model) as routings:
+            out = model(
+                **inputs,
+                labels=labels_BS if config.language > 0 else None,
+                output_router_logits=True,
+                use_cache=False,
+            )
+        loss = out.aux_loss
+        parts: dict[str, float] = {"aux": float(out.aux_loss.detach())}
+        if config.language > 0:
+            language = out.loss - out.aux_loss
+            loss = loss + config.language * language
+            parts["language"] = float(language.detach())
+        if self.teacher is not None:
+            logits_TV = teacher_logits(self.teacher, **inputs).flatten(0, 1)
+            kl = divergence(out.logits.flatten(0, 1), logits_TV)
+            loss = loss + config.distill * kl
+            parts["kl"] = float(kl.detach())
+        self._note(parts, routings, domain_B, inputs["input_ids"])
+        return (loss, out) if return_outputs else loss
+
+    def _note(
+        self, parts: dict[str, float], routings: list[Any], domain_B: Tensor, ids_BS: Tensor
+    ) -> None:
+        """Add a forward pass to the sums of its step."""
+        sums = self.step_sums
+        sums["passes"] = sums.get("passes", 0) + 1
+        for name, value in parts.items():
+            sums[name] = sums.get(name, 0.0) + value
+        domain_T = domain_B.repeat_interleave(ids_BS.shape[1])
+        with torch.no_grad():
+            layers = active_fraction(routings)
+            previous = sums.get("layers", [0.0] * len(layers))
+            sums["layers"] = [a + b for a, b in zip(previous, layers, strict=True)]
+            by_domain = sums.setdefault("domains", {})
+            for domain in domain_B.unique().tolist():
+                fractions = active_fraction(routings, domain_T == domain)
+                mean = sum(fractions) / max(1, len(fractions))
+                total, count = by_domain.get(domain, (0.0, 0))
+                by_domain[domain] = (total + mean, count + 1)
+
+
+class StepRecorder(TrainerCallback, ExportableState):
+    """After each step: writes one line of metrics and lets the budget control act.
+
+    Its state is part of every checkpoint, so that a resumed run goes on exactly.
+
+    Args:
+        path: File of JSON lines.
+        control: Budget control, or none.
+        stage: Progress in tokens.
+        step_tokens: Tokens of a step.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        control: BudgetControl | None,
+        stage: Stage,
+        step_tokens: int,
+        coef: float = 0.0,
+    ) -> None:
+        self.path = path
+        self.control = control
+        self.stage = stage
+        self.step_tokens = step_tokens
+        self.coef = coef
+        self.trainer: DistillTrainer | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        integral = 0.0 if self.control is None else self.control.integral
+        return {"args": {}, "attributes": {"coef": self.coef, "integral": integral}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the state of the checkpoint and drop the metrics written after it."""
+        saved = state.stateful_callbacks.get("StepRecorder") if state.global_step else None
+        if isinstance(saved, dict):
+            self.coef = saved["attributes"]["coef"]
+            if self.control is not None:
+                self.control.integral = saved["attributes"]["integral"]
+                self._set_coef()
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.stage.advance(state.global_step * self.step_tokens)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the step and set the next coefficient."""
+        assert self.trainer is not None
+        sums = self.trainer.step_sums
+        passes = sums.pop("passes")
+        layers = [value / passes for value in sums.pop("layers")]
+        domains = sums.pop("domains")
+        active = sum(layers) / max(1, len(layers))
+        line: dict[str, Any] = {
+            "step": state.global_step,
+            "tokens": state.global_step * self.step_tokens,
+            **{name: value / passes for name, value in sums.items()},
+            "active": active,
+            "sparse_coef": self.coef,
+            "active_per_layer": [round(value, 4) for value in layers],
+            "active_per_domain": {
+                self.trainer.domains[d]: round(total / count, 4)
+                for d, (total, count) in domains.items()
+            },
+        }
+        line["loss"] = line["aux"] + sum(
+            weight * line.get(name, 0.0)
+            for name, weight in (
+                ("kl", self.trainer.settings.distill),
+                ("language", self.trainer.settings.language),
+            )
+        )
+        sums.clear()
+        with self.path.open("a") as handle:
+            handle.write(json.dumps(line) + "\n")
+        if self.control is not None:
+            self.coef = self.control.update(active)
+            self._set_coef()
+        self.stage.advance(self.step_tokens)
+
+    def _set_coef(self) -> None:
+        assert self.trainer is not None
+        self.trainer.core.set_loss_coef("sparsity", self.coef)
