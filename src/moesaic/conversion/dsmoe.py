@@ -87,6 +87,11 @@ class DSMoE:
         if self.seed < 0:
             raise InputError(f"seed must be at least 0, got {self.seed}")
 
+    @classmethod
+    def presets(cls) -> dict[str, DSMoE]:
+        """Named settings."""
+        return PRESETS
+
     def options_of_partition(self) -> Any:
         """Settings of the partition, checked."""
         return build_config(

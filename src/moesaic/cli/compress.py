@@ -1,0 +1,12 @@
+"""Make a smaller dense baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moesaic.cli._method import run_method
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    return run_method("compress", argv)

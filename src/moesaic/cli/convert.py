@@ -1,0 +1,12 @@
+"""Turn a dense model into a mixture of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moesaic.cli._method import run_method
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    return run_method("convert", argv)

