@@ -59,10 +59,12 @@ def test_gate_gradients_match_the_closed_form(parent_dir, ids):
     h_TD = torch.randn(6, 576, dtype=torch.float64)
     u_TD = torch.randn(6, 576, dtype=torch.float64)
     scores = []
-    handle = layer.router.register_forward_hook(
-        lambda module, args, routing: (routing.scores_TE.retain_grad(), scores.append(routing))
-        and None
-    )
+
+    def keep(module, args, routing):
+        routing.scores_TE.retain_grad()
+        scores.append(routing)
+
+    handle = layer.router.register_forward_hook(keep)
     out_TD = layer(h_TD)
     handle.remove()
     (out_TD * u_TD).sum().backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -46,6 +47,7 @@ def run(argv: Sequence[str]) -> int:
     model = load(options.model) if ours and converted else load_dense(options.model)
     from transformers import TextStreamer
 
+    inputs: Any
     if options.chat:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": options.prompt}],
@@ -56,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
     else:
         inputs = tokenizer(options.prompt, return_tensors="pt")
     streamer = None if options.json else TextStreamer(tokenizer, skip_prompt=True)
-    ids_BS = model.generate(
+    ids_BS: Any = model.generate(  # type: ignore[operator]
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=options.max_new_tokens,

@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
 
 
 def allocate(
@@ -54,7 +57,7 @@ def allocate(
     return [float(value) for value in lean_L + part * (rich_L - lean_L)]
 
 
-def _convex(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _convex(x: Floats, y: Floats) -> Floats:
     """Lower convex envelope of a curve, so that prices have one answer."""
     hull = [0]
     for i in range(1, len(x)):
@@ -64,4 +67,5 @@ def _convex(x: np.ndarray, y: np.ndarray) -> np.ndarray:
                 break
             hull.pop()
         hull.append(i)
-    return np.interp(x, x[hull], y[hull])
+    envelope: Floats = np.interp(x, x[hull], y[hull])
+    return envelope

@@ -292,9 +292,10 @@ def _start_router(
         return None
     assert router.bias is not None
     if config.init == "open" or config.active == 1.0:
-        # Logits of at least about 10: every gate is on and rounds to one.
-        router.weight.mul_(0.1)
-        router.bias.fill_(20.0)
+        # The gate of every token is the same, so all are on whatever the input. A gate that weighs
+        # nothing may stay where its gradient is alive; one that weighs must be near one.
+        router.weight.zero_()
+        router.bias.fill_(4.0 if config.router.value == "one" else 12.0)
         return None
     assert moe.experts is not None
     with torch.enable_grad():

@@ -71,7 +71,7 @@ def settle_threshold(model: PreTrainedModel, ids_NS: Tensor, active: float) -> f
         InputError: If a layer has no sigmoid router.
     """
     routers = [layer.router for layer in moe_layers(model)]
-    scores = []
+    scores: list[Tensor] = []
     was_training = model.training
     model.eval()
     # A router's decisions change what later layers see, so place the threshold twice.

@@ -1,4 +1,4 @@
-"""Train a converted model: what trains, against what, to which budget; resumable at a checkpoint."""
+"""Train a converted model: what trains, against what, to which budget; resumed at a checkpoint."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def train(
         )
     if not any(layer.router is not None for layer in moe_layers(model)):
         raise InputError("the model has no routed layer to train; convert it first")
-    if config.active > 0 and "sparsity" not in model.loss_terms:
+    terms: dict[str, Any] = getattr(model, "loss_terms", {})
+    if config.active > 0 and "sparsity" not in terms:
         raise InputError("a budget needs the sparsity loss; convert with sparse_coef, or active 0")
     _claim(directory, {"config": to_plain(config), "blocks": text.fingerprint()})
     require_space(directory, _checkpoint_bytes(model), what="a training checkpoint")
@@ -69,7 +70,7 @@ def train(
     select_trainable(model, config.trains)
     teacher = dense_teacher(model) if config.distill > 0 else None
     wrapped: nn.Module = _with_adapters(model, config) if config.trains == "lora" else model
-    coef = model.loss_terms["sparsity"].coef if "sparsity" in model.loss_terms else 0.0
+    coef = terms["sparsity"].coef if "sparsity" in terms else 0.0
     control = BudgetControl(config.active, coef, config.budget_rate) if config.active > 0 else None
     step_tokens = config.batch_blocks * text.block
     with progress.stage("train", steps * step_tokens, "tokens") as stage:

@@ -1,4 +1,4 @@
-"""The teacher of a converted model: its dense parent, which is the same weights with all gates on."""
+"""The teacher of a converted model: its dense parent, the same weights with all gates on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def dense_teacher(model: PreTrainedModel) -> PreTrainedModel:
             parameter.requires_grad_(False)
     for layer in moe_layers(teacher):
         layer.all_on = True
-    return teacher.eval()
+    teacher.eval()
+    return teacher
 
 
 @torch.no_grad()

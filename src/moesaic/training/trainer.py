@@ -70,7 +70,7 @@ class DistillTrainer(Trainer):
         **options: Any,
     ) -> None:
         super().__init__(model=model, args=args, **options)
-        self.core = core
+        self.core: Any = core
         self.teacher = teacher
         self.settings = config
         self.domains = domains
@@ -82,7 +82,9 @@ class DistillTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a rate of its own for routers."""
         if self.optimizer is None:
-            routers, rest = [], []
+            routers: list[Tensor] = []
+            rest: list[Tensor] = []
+            assert self.model is not None
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     (routers if ".router." in name else rest).append(parameter)
@@ -187,7 +189,8 @@ class StepRecorder(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take up the state of the checkpoint and drop the metrics written after it."""
-        saved = state.stateful_callbacks.get("StepRecorder") if state.global_step else None
+        callbacks: Any = state.stateful_callbacks
+        saved = callbacks.get("StepRecorder") if state.global_step else None
         if isinstance(saved, dict):
             self.coef = saved["attributes"]["coef"]
             if self.control is not None:

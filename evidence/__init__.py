@@ -1,0 +1,1 @@
+"""One script per published system, each with its committed result."""

@@ -1,0 +1,156 @@
+"""What evidence scripts share: a byte-level Llama of a few layers, its text, and its training.
+
+Shapes: B sequences, S positions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedModel
+
+from moesaic.data import DataConfig, load_documents
+from moesaic.evaluation import machine_info
+from moesaic.models.architectures import ARCHITECTURES
+from moesaic.models.modeling import moesaic_classes
+from moesaic.nn.layer import record_routing
+
+VOCAB = 256
+
+
+def tiny_llama(seed: int, *, layers: int = 4, dim: int = 128, width: int = 512) -> PreTrainedModel:
+    """Make a dense Llama that reads bytes."""
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(tiny_config(layers=layers, dim=dim, width=width))
+
+
+def tiny_config(*, layers: int = 4, dim: int = 128, width: int = 512) -> LlamaConfig:
+    """Config of a Llama that reads bytes."""
+    return LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=dim,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def tiny_mixture(config: LlamaConfig, layer: dict[str, Any], losses: dict[str, Any]) -> Any:
+    """Make a Llama whose networks are MoE layers with fresh weights."""
+    config_class, model_class = moesaic_classes(ARCHITECTURES["llama"])
+    values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
+    moesaic = {"layers": [layer] * config.num_hidden_layers, "losses": losses}
+    return model_class(config_class(**values, moesaic=moesaic))
+
+
+def text_bytes(num_train: int, num_held: int) -> tuple[Tensor, Tensor]:
+    """Bytes of Python's documentation, split between documents."""
+    documents = load_documents(DataConfig(sources=("builtin:docs",)))
+    joined = "\n\n".join(document.text for document in documents).encode()
+    data = torch.from_numpy(np.frombuffer(joined, dtype=np.uint8).copy()).long()
+    return data[:num_train], data[-num_held:]
+
+
+def batch(data: Tensor, size: int, length: int, generator: torch.Generator) -> Tensor:
+    """Draw windows of text, [B, S]."""
+    starts = torch.randint(len(data) - length, (size,), generator=generator)
+    return torch.stack([data[start : start + length] for start in starts.tolist()])
+
+
+def optimise(
+    model: Any,
+    draw: Callable[[], Tensor],
+    steps: int,
+    rate: float,
+    after: Callable[[int, list[Any]], None] | None = None,
+) -> None:
+    """Train all weights with AdamW along a cosine; `after` sees the routing of every step."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = (
+                rate * min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+            )
+        ids_BS = draw()
+        with record_routing(model) as routings:
+            loss = model(input_ids=ids_BS, labels=ids_BS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if after is not None:
+            after(step, routings)
+    model.eval()
+
+
+@torch.no_grad()
+def validate(model: Any, data: Tensor, length: int, windows: int) -> tuple[float, list[float]]:
+    """Loss in nats per byte on held-out windows, and mean active experts of every layer."""
+    model.eval()
+    total, layers = 0.0, np.zeros(0)
+    starts = np.linspace(0, len(data) - length - 1, windows).astype(int)
+    pieces = torch.stack([data[s : s + length] for s in starts]).split(16)
+    for ids_BS in pieces:
+        with record_routing(model) as routings:
+            logits = model(input_ids=ids_BS, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), ids_BS[:, 1:].flatten()
+        )
+        total += float(loss) * len(ids_BS)
+        counts = np.array([float(r.active_TE().sum(1).float().mean()) for r in routings])
+        layers = counts * len(ids_BS) + (layers if layers.size else 0.0)
+    return total / windows, (layers / windows).tolist()
+
+
+def arguments(name: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse `--quick` and `--out`."""
+    parser = argparse.ArgumentParser(description=f"Evidence for {name}.")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to test the script")
+    parser.add_argument("--out", type=Path, help="where the result goes")
+    torch.set_num_threads(1)
+    return parser.parse_args(argv)
+
+
+def write_result(
+    system: str,
+    out: Path | None,
+    config: dict[str, Any],
+    results: dict[str, Any],
+    holds: dict[str, bool],
+    sentence: str,
+) -> dict[str, Any]:
+    """Write the result of a script and print its sentence."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    record = {
+        "system": system,
+        "ran": True,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine_info(),
+        "commit": head.stdout.strip(),
+        "config": config,
+        "results": results,
+        "holds": holds,
+        "sentence": sentence,
+    }
+    if out is not None:
+        out.write_text(json.dumps(record, indent=1) + "\n")
+    print(sentence)
+    return record

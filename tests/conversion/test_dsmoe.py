@@ -1,0 +1,134 @@
+"""The DSMoE conversion: an exact cut, the paper's defaults, budgets, and resuming at a layer."""
+
+import pytest
+import torch
+from calibration_cases import LLAMA, Killed, Watch, make_text
+from model_cases import ROWS, dense_model, random_ids, same_state
+
+from moesaic._errors import InputError
+from moesaic.calibration import CalibrationConfig, calibrate
+from moesaic.conversion.dsmoe import PRESETS, DSMoE, convert_dsmoe
+from moesaic.conversion.partition._table import PARTITIONS
+from moesaic.nn.layer import all_experts_on, moe_layers, record_routing
+from moesaic.nn.routers.sigmoid_threshold import SigmoidThresholdConfig
+
+TOKENS = CalibrationConfig(tokens=96, batch_blocks=2)
+
+
+def stats_for(config, directory, case=LLAMA):
+    model = dense_model(case)
+    return calibrate(model, make_text(), config.collectors(), TOKENS, directory)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_open_start_is_the_dense_model(case):
+    dense, ids = dense_model(case), random_ids()
+    want = dense(ids).logits
+    before = sum(p.numel() for p in dense.parameters())
+    model, _ = convert_dsmoe(dense, None, DSMoE(experts=4, init="open", partition="contiguous"))
+    torch.testing.assert_close(model(ids).logits, want, atol=1e-4, rtol=1e-4)
+    layers, dim = len(moe_layers(model)), model.config.hidden_size
+    grown = sum(p.numel() for p in model.parameters()) - before
+    assert grown == layers * 4 * (dim + 1), "gates and their biases, nothing else"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("partition", list(PARTITIONS))
+def test_every_partition_is_exact(partition, tmp_path):
+    dense, ids = dense_model(LLAMA), random_ids()
+    want = dense(ids).logits
+    config = DSMoE(experts=4, init="open", partition=partition)
+    stats = stats_for(config, tmp_path) if config.collectors() else None
+    model, _ = convert_dsmoe(dense, stats, config)
+    with all_experts_on(model):
+        torch.testing.assert_close(model(ids).logits, want, atol=1e-5, rtol=1e-5)
+
+
+def test_preset_paper_is_the_card():
+    paper = PRESETS["paper"]
+    assert (paper.experts, paper.partition, paper.init, paper.sparse_coef) == (
+        8,
+        "contiguous",
+        "random",
+        1.0,
+    )
+    assert paper.router == SigmoidThresholdConfig(
+        threshold=0.5, estimator="straight-through", value="gate", normalize="count", bias=False
+    )
+    assert paper.sparse_of == "gates"
+    assert paper.collectors() == ()
+
+
+def test_random_start_is_reproducible():
+    models = [convert_dsmoe(dense_model(LLAMA), None, PRESETS["paper"])[0] for _ in range(2)]
+    same_state(*models)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("allocation", ["sensitivity", "uniform"])
+def test_fitted_routers_meet_the_budget(allocation, tmp_path):
+    config = DSMoE(experts=4, active=0.5, allocation=allocation, fit_steps=10)
+    stats = stats_for(config, tmp_path)
+    model, results = convert_dsmoe(dense_model(LLAMA), stats, config)
+    asked = results["active_per_layer"]
+    assert sum(asked) / len(asked) == pytest.approx(0.5, abs=0.06)
+    if allocation == "uniform":
+        assert max(asked) - min(asked) < 0.1
+    with record_routing(model) as routings:
+        model(torch.from_numpy(make_text().ids_NS).long())
+    measured = [float(r.active_TE().float().mean()) for r in routings]
+    assert sum(measured) / len(measured) == pytest.approx(0.5, abs=0.2)
+
+
+def test_an_interrupted_conversion_goes_on(tmp_path):
+    config = DSMoE(experts=4, active=0.5, fit_steps=5)
+    stats = stats_for(config, tmp_path / "stats")
+    whole, results = convert_dsmoe(dense_model(LLAMA), stats, config)
+    with pytest.raises(Killed):
+        convert_dsmoe(
+            dense_model(LLAMA), stats, config, store=tmp_path / "store", progress=Watch(0)
+        )
+    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
+    assert list(done) == ["layer_000.safetensors"]
+    again, same = convert_dsmoe(dense_model(LLAMA), stats, config, store=tmp_path / "store")
+    assert (tmp_path / "store" / "layer_000.safetensors").stat().st_mtime_ns == list(done.values())[0]
+    same_state(whole, again)
+    assert same == results
+
+
+def test_bfloat16_stays_bfloat16(tmp_path):
+    model, _ = convert_dsmoe(dense_model(LLAMA, torch.bfloat16), None, PRESETS["paper"])
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(model(random_ids()).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"active": 0.0}, r"active must be in \(0, 1\], got 0.0"),
+        ({"active": 1.2}, r"active must be in \(0, 1\], got 1.2"),
+        ({"partition": "coactivaton"}, "did you mean coactivation"),
+        ({"init": "open", "router": SigmoidThresholdConfig()}, "needs router.bias"),
+        ({"partition_options": {"scal": 1}}, "did you mean scale"),
+        ({"seed": -1}, "seed must be at least 0"),
+    ],
+)
+def test_wrong_settings_say_so(options, message):
+    with pytest.raises(InputError, match=message):
+        DSMoE(**options)
+
+
+def test_what_does_not_fit_the_model_is_refused_before_it_is_touched(tmp_path):
+    dense = dense_model(LLAMA)
+    with pytest.raises(InputError, match=r"experts=7 does not divide .* the nearest"):
+        convert_dsmoe(dense, None, DSMoE(experts=7, init="open", partition="contiguous"))
+    with pytest.raises(InputError, match="needs calibration of inputs, neurons, sensitivity"):
+        convert_dsmoe(dense, None, DSMoE(experts=4))
+    stats = calibrate(dense, make_text(), ("neurons",), TOKENS, tmp_path)
+    with pytest.raises(InputError, match="needs the collector 'inputs'"):
+        convert_dsmoe(dense, stats, DSMoE(experts=4))
+    assert not moe_layers(dense)
+    model, _ = convert_dsmoe(dense, None, PRESETS["paper"])
+    with pytest.raises(InputError, match="converted already"):
+        convert_dsmoe(model, None, PRESETS["paper"])

@@ -1,0 +1,112 @@
+"""The Gram fit: its error is the real one, its budget is met, and it finds what there is to find."""
+
+import pytest
+import torch
+
+from moesaic.conversion.allocation import allocate
+from moesaic.conversion.gram_router import FRACTIONS, fit_router, gram_error, token_grams
+from moesaic.nn.experts._base import ExpertsConfig
+from moesaic.nn.experts.gated import GatedExperts
+from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold, SigmoidThresholdConfig
+
+E, F, D, T = 4, 3, 8, 600
+
+
+def make_experts(seed=0):
+    torch.manual_seed(seed)
+    experts = GatedExperts(D, E, F, ExpertsConfig())
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_()
+    return experts
+
+
+def make_router(**options):
+    return SigmoidThreshold(
+        D, E, SigmoidThresholdConfig(bias=True, value="one", normalize="none", **options)
+    )
+
+
+def outputs(experts, h_TD):
+    """Output of every block, written out."""
+    blocks = []
+    for e in range(E):
+        gate, up = (experts.gate_up_proj[e] @ h_TD.T).T.chunk(2, dim=1)
+        blocks.append((torch.nn.functional.silu(gate) * up) @ experts.down_proj[e].T)
+    return torch.stack(blocks, dim=1)
+
+
+@torch.no_grad()
+def test_gram_error_is_the_squared_error_of_the_output():
+    experts, h_TD = make_experts(), torch.randn(20, D)
+    o_TED = outputs(experts, h_TD)
+    y_TD = o_TED.sum(1)
+    energy_T = y_TD.square().sum(1)
+    scale_T = (energy_T.clamp(min=energy_T.median()) * energy_T.median()).sqrt()
+    w_TE = torch.rand(20, E)
+    wrong_TD = (w_TE.unsqueeze(-1) * o_TED).sum(1) - y_TD
+    want = (wrong_TD.square().sum(1) / scale_T).mean()
+    torch.testing.assert_close(gram_error(token_grams(h_TD, experts), w_TE), want)
+    assert float(gram_error(token_grams(h_TD, experts), torch.ones(20, E))) == 0.0
+
+
+@pytest.mark.parametrize("active", [0.3, 0.5, 0.75])
+def test_fit_meets_the_fraction_on_held_tokens_and_the_router_is_what_was_fitted(active):
+    experts, router = make_experts(), make_router()
+    h_TD = torch.randn(T, D) * torch.linspace(0.1, 5, D) + 3.0
+    fit = fit_router(router, experts, h_TD, active, steps=30, seed=0)
+    assert fit.active == pytest.approx(active, abs=0.02)
+    # Whitening is folded back: the module itself, on the raw inputs, is on as often.
+    router.eval()
+    with torch.no_grad():
+        assert float(router(h_TD).active_TE().float().mean()) == pytest.approx(active, abs=0.05)
+    assert list(fit.errors) == sorted(fit.errors, reverse=True) or max(fit.errors) == fit.errors[0]
+    assert fit.errors[-1] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_fit_finds_which_block_a_token_needs():
+    """Each token feeds one block alone; half of the gates can be off at almost no loss."""
+    experts = make_experts()
+    with torch.no_grad():
+        experts.gate_up_proj.zero_()
+        for e in range(E):
+            experts.gate_up_proj[e, :, e] = torch.rand(2 * F) + 1.0
+    h_TD = 0.02 * torch.randn(T, D)
+    needed_T = torch.randint(E, (T,))
+    h_TD[torch.arange(T), needed_T] += 3.0
+    router = make_router()
+    fit = fit_router(router, experts, h_TD, 0.5, steps=100, seed=0)
+    gram_TEE = token_grams(h_TD, experts)
+    static = min(
+        float(gram_error(gram_TEE, mask.float().expand(T, E)))
+        for mask in torch.cartesian_prod(*[torch.tensor([0, 1])] * E)
+        if mask.sum() == E // 2
+    )
+    assert fit.error() < 0.02
+    assert static > 0.2
+    router.eval()
+    with torch.no_grad():
+        active_TE = router(h_TD).active_TE()
+    assert float(active_TE[torch.arange(T), needed_T].float().mean()) > 0.98
+
+
+def test_fit_is_reproducible():
+    h_TD = torch.randn(T, D)
+    routers = [make_router(), make_router()]
+    for router in routers:
+        fit_router(router, make_experts(), h_TD, 0.5, steps=5, seed=3)
+    assert torch.equal(routers[0].weight, routers[1].weight)
+    assert torch.equal(routers[0].bias, routers[1].bias)
+
+
+def test_budget_goes_where_it_is_needed():
+    line = [1.0 - f for f in FRACTIONS]
+    square = [(1.0 - f) ** 2 for f in FRACTIONS]
+    even = allocate([1.0, 1.0], [square, square], FRACTIONS, 0.6)
+    assert even == pytest.approx([0.6, 0.6], abs=0.01)
+    # Marginal costs 2 s (1 - a) are equal where s1 (1 - a1) = s2 (1 - a2): 4 * 0.16 = 1 * 0.64.
+    shared = allocate([4.0, 1.0], [square, square], FRACTIONS, 0.6)
+    assert shared == pytest.approx([0.84, 0.36], abs=0.02)
+    # A straight line has one price: the dearer layer takes all that there is.
+    assert allocate([2.0, 1.0], [line, line], FRACTIONS, 0.55) == pytest.approx([1.0, 0.1], abs=0.02)
+    assert sum(allocate([3.0, 1.0, 0.1], [square] * 3, FRACTIONS, 0.7)) == pytest.approx(2.1, abs=0.01)

@@ -1,0 +1,100 @@
+"""Divergence, teacher and budget, each alone."""
+
+import pytest
+import torch
+from calibration_cases import LLAMA, make_text
+from model_cases import dense_model, random_ids
+
+from moesaic._errors import InputError
+from moesaic.conversion.dsmoe import DSMoE, convert_dsmoe
+from moesaic.models import load, new_manifest, save
+from moesaic.nn.layer import moe_layers, record_routing
+from moesaic.training import divergence as divergence_file
+from moesaic.training.budget import BudgetControl, active_fraction, settle_threshold
+from moesaic.training.config import TrainConfig
+from moesaic.training.divergence import divergence
+from moesaic.training.run import select_trainable
+from moesaic.training.teacher import dense_teacher
+
+
+def open_model(bias=True):
+    config = DSMoE(experts=4, init="open" if bias else "random", partition="contiguous")
+    return convert_dsmoe(dense_model(LLAMA), None, config)[0]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 128])
+def test_divergence_and_its_gradient_equal_plain_torch(chunk, monkeypatch):
+    monkeypatch.setattr(divergence_file, "_CHUNK", chunk)
+    torch.manual_seed(0)
+    student_TV = torch.randn(7, 11, requires_grad=True)
+    teacher_TV = torch.randn(7, 11)
+    got = divergence(student_TV, teacher_TV)
+    (3 * got).backward()
+    plain_TV = student_TV.detach().clone().requires_grad_()
+    want = torch.nn.functional.kl_div(
+        plain_TV.log_softmax(-1), teacher_TV.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    (3 * want).backward()
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(student_TV.grad, plain_TV.grad)
+    assert float(divergence(teacher_TV, teacher_TV)) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("trains", ["routers", "ffn", "everything"])
+def test_teacher_is_the_dense_parent_and_stays_it(trains):
+    ids = random_ids()
+    with torch.no_grad():
+        want = dense_model(LLAMA)(ids).logits
+    model = open_model()
+    select_trainable(model, trains)
+    teacher = dense_teacher(model)
+    ours, theirs = dict(model.named_parameters()), dict(teacher.named_parameters())
+    for name, parameter in ours.items():
+        shared = parameter.data_ptr() == theirs[name].data_ptr()
+        assert shared == (not parameter.requires_grad), name
+        if parameter.requires_grad:
+            with torch.no_grad():
+                parameter.add_(1.0)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(ids).logits, want, atol=1e-4, rtol=1e-4)
+    assert not any(p.requires_grad for p in teacher.parameters() if all(p is not q for q in ours.values()))
+
+
+def test_budget_control_pushes_towards_the_target():
+    control = BudgetControl(0.5, 1.0, 2.0)
+    above = control.update(0.7)
+    assert above == pytest.approx(1.0 + 2.0 * 0.2 + 10 * 2.0 * 0.2)
+    assert control.update(0.1) == 0.0, "a coefficient is never negative"
+    assert control.integral == pytest.approx(1.4 - 0.8)
+
+
+@pytest.mark.parametrize("active", [0.25, 0.6])
+def test_threshold_settles_at_the_budget_and_is_saved(active, tmp_path):
+    model = open_model(bias=False)
+    ids = torch.from_numpy(make_text().ids_NS).long()
+    threshold = settle_threshold(model, ids, active)
+    for layer in model.config.moesaic["layers"]:
+        assert layer["router_options"]["threshold"] == threshold
+    save(model, tmp_path / "m", new_manifest("tiny", model))
+    again = load(tmp_path / "m")
+    assert {layer.router.threshold for layer in moe_layers(again)} == {threshold}
+    with torch.no_grad(), record_routing(again) as routings:
+        again(ids)
+    fractions = active_fraction(routings)
+    assert sum(fractions) / len(fractions) == pytest.approx(active, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": 0}, "tokens must be at least 1, got 0"),
+        ({"active": 1.5}, r"active must be in \(0, 1\]"),
+        ({"distill": 0.0}, "not both 0"),
+        ({"warmup": 1.0}, r"warmup must be in \[0, 1\)"),
+        ({"batch_blocks": 3, "accumulate": 2}, "accumulate must divide batch_blocks=3"),
+        ({"learning_rate": -1.0}, "learning_rate must be at least 0"),
+    ],
+)
+def test_wrong_settings_say_so(options, message):
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**options)
