@@ -108,5 +108,9 @@ def test_budget_goes_where_it_is_needed():
     shared = allocate([4.0, 1.0], [square, square], FRACTIONS, 0.6)
     assert shared == pytest.approx([0.84, 0.36], abs=0.02)
     # A straight line has one price: the dearer layer takes all that there is.
-    assert allocate([2.0, 1.0], [line, line], FRACTIONS, 0.55) == pytest.approx([1.0, 0.1], abs=0.02)
-    assert sum(allocate([3.0, 1.0, 0.1], [square] * 3, FRACTIONS, 0.7)) == pytest.approx(2.1, abs=0.01)
+    assert allocate([2.0, 1.0], [line, line], FRACTIONS, 0.55) == pytest.approx(
+        [1.0, 0.1], abs=0.02
+    )
+    assert sum(allocate([3.0, 1.0, 0.1], [square] * 3, FRACTIONS, 0.7)) == pytest.approx(
+        2.1, abs=0.01
+    )

@@ -57,7 +57,9 @@ def test_teacher_is_the_dense_parent_and_stays_it(trains):
                 parameter.add_(1.0)
     with torch.no_grad():
         torch.testing.assert_close(teacher(ids).logits, want, atol=1e-4, rtol=1e-4)
-    assert not any(p.requires_grad for p in teacher.parameters() if all(p is not q for q in ours.values()))
+    assert not any(
+        p.requires_grad for p in teacher.parameters() if all(p is not q for q in ours.values())
+    )
 
 
 def test_budget_control_pushes_towards_the_target():

@@ -166,7 +166,7 @@ def load(path: str | Path, *, dtype: str | None = None, verify: bool = True) -> 
 def _read_model(source: str, dtype: torch.dtype | str) -> Any:
     """Load every weight of a model, or say which file or weight is wrong."""
     directory, gguf_file = resolve_source(source)
-    _check_weights(Path(directory))
+    check_weights(source)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, gguf_file=gguf_file, dtype=dtype, output_loading_info=True
@@ -283,8 +283,13 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _check_weights(directory: Path) -> None:
-    """Name a safetensors file that is missing or damaged, before anything reads it."""
+def check_weights(source: str) -> None:
+    """Name a safetensors file that is missing or damaged, before anything reads it.
+
+    Raises:
+        CheckpointError: Naming the file and the remedy.
+    """
+    directory = Path(resolve_source(source)[0])
     if not directory.is_dir():
         return
     index = directory / "model.safetensors.index.json"

@@ -28,6 +28,7 @@ from moesaic.data import DataSplit, load_documents, prepare
 from moesaic.evaluation import Subject, evaluate, fastest_dtype
 from moesaic.models.checkpoint import (
     add_step,
+    check_weights,
     load,
     load_dense,
     load_tokenizer,
@@ -196,6 +197,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         InputError: If a step cannot work.
     """
     config = read_config(recipe.model)
+    check_weights(recipe.model)
     width = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
     width = width or getattr(config, "n_inner", None) or 4 * config.hidden_size
     for step in recipe.steps:

@@ -1,0 +1,42 @@
+"""Evidence scripts run, and committed results say what their numbers say."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("adamoe", "dsmoe", "dynamic_routing_top_p")
+
+
+@pytest.fixture
+def script(request, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    yield importlib.import_module(f"evidence.{request.param}")
+    for name in [name for name in sys.modules if name.split(".")[0] == "evidence"]:
+        del sys.modules[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", NAMES, indirect=True)
+def test_scripts_run(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    record = script.main(["--quick", "--out", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(record))
+    assert (record["holds"], record["sentence"]) == script.judge(record["results"])
+
+
+@pytest.mark.parametrize("script", NAMES, indirect=True)
+def test_committed_results_follow_from_their_numbers(script):
+    name = script.__name__.rpartition(".")[2]
+    record = json.loads((ROOT / "evidence" / f"{name}.json").read_text())
+    assert record["ran"]
+    assert record["date"] >= "2026"
+    assert len(record["commit"]) == 40
+    assert record["machine"]["cores"] >= 1
+    assert len(record["results"]["seeds"]) >= 2
+    holds, sentence = script.judge(record["results"])
+    assert holds == record["holds"]
+    assert sentence == record["sentence"]
