@@ -8,34 +8,63 @@ from typing import TYPE_CHECKING, Any
 from moesaic import _autoload
 
 if TYPE_CHECKING:
+    from moesaic.calibration import CalibrationConfig, calibrate
+    from moesaic.compression.pruning.flap import FLAP
+    from moesaic.conversion.api import convert
+    from moesaic.conversion.dsmoe import DSMoE
+    from moesaic.data import DataConfig, prepare
+    from moesaic.evaluation import EvaluationConfig, evaluate
     from moesaic.models.checkpoint import load, load_dense, save
     from moesaic.nn.layer import LayerConfig, MoELayer, all_experts_on, record_routing
     from moesaic.nn.routing import Routing
+    from moesaic.training import TrainConfig, train
 
     __version__: str
 
 # Imported on first use, so that `import moesaic` needs neither torch nor transformers.
 _HOMES = {
+    "CalibrationConfig": "moesaic.calibration",
+    "DSMoE": "moesaic.conversion.dsmoe",
+    "DataConfig": "moesaic.data",
+    "EvaluationConfig": "moesaic.evaluation",
+    "FLAP": "moesaic.compression.pruning.flap",
     "LayerConfig": "moesaic.nn.layer",
     "MoELayer": "moesaic.nn.layer",
     "Routing": "moesaic.nn.routing",
+    "TrainConfig": "moesaic.training",
     "all_experts_on": "moesaic.nn.layer",
+    "calibrate": "moesaic.calibration",
+    "convert": "moesaic.conversion.api",
+    "evaluate": "moesaic.evaluation",
     "load": "moesaic.models.checkpoint",
     "load_dense": "moesaic.models.checkpoint",
+    "prepare": "moesaic.data",
     "record_routing": "moesaic.nn.layer",
     "save": "moesaic.models.checkpoint",
+    "train": "moesaic.training",
 }
 
 __all__ = [
+    "FLAP",
+    "CalibrationConfig",
+    "DSMoE",
+    "DataConfig",
+    "EvaluationConfig",
     "LayerConfig",
     "MoELayer",
     "Routing",
+    "TrainConfig",
     "__version__",
     "all_experts_on",
+    "calibrate",
+    "convert",
+    "evaluate",
     "load",
     "load_dense",
+    "prepare",
     "record_routing",
     "save",
+    "train",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The Gram fit: its error is the real one, its budget is met, and it finds what there is to find."""
+"""The Gram fit: its error is the real one, its budget is met, it finds what there is to find."""
 
 import pytest
 import torch

@@ -1,0 +1,38 @@
+"""The README's table is the committed record, number for number."""
+
+import json
+from pathlib import Path
+
+from moesaic.analysis import summary_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_table_is_the_committed_record():
+    record = json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
+    rows = summary_rows(record)
+    lines = [
+        "| | " + " | ".join(row["model"] for row in rows) + " |",
+        "|---" * (len(rows) + 1) + "|",
+    ]
+    for name in rows[0]:
+        if name not in ("model", "kind"):
+            lines.append(f"| {name} | " + " | ".join(row[name] for row in rows) + " |")
+    readme = (ROOT / "README.md").read_text()
+    table = readme.split("<!-- demo table: bench/results/demo.json -->\n")[1].split("<!-- end -->")[
+        0
+    ]
+    assert table == "\n".join(lines) + "\n"
+
+
+def test_the_target_is_met_in_the_committed_record():
+    """At 70% or less of the feed-forward networks: at most 1.30 times dense, and better than FLAP."""
+    record = json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
+    models = {entry["name"]: entry for entry in record["models"]}
+    ours, flap = models["dsmoe"], models["flap"]
+    assert ours["cost"]["active_ffn_fraction"] <= 0.70
+    assert abs(flap["cost"]["active_ffn_fraction"] - 0.70) < 0.005
+    assert ours["quality"]["ratio"] <= 1.30
+    assert ours["quality"]["ratio_high"] < flap["quality"]["ratio_low"]
+    steps = [s for s in record["manifest"]["steps"] if s["step"] == "train"]
+    assert f"{steps[0]['results']['tokens']:,} tokens" in (ROOT / "README.md").read_text()
