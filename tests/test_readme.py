@@ -26,7 +26,7 @@ def test_the_table_is_the_committed_record():
 
 
 def test_the_target_is_met_in_the_committed_record():
-    """At 70% or less of the feed-forward networks: at most 1.30 times dense, and better than FLAP."""
+    """At 70% or less of the networks: at most 1.30 times dense, and better than FLAP."""
     record = json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
     models = {entry["name"]: entry for entry in record["models"]}
     ours, flap = models["dsmoe"], models["flap"]

@@ -13,8 +13,8 @@ from moesaic._progress import SILENT, Progress
 from moesaic._registry import load_object
 from moesaic.calibration import CalibrationConfig, CalibrationStats, calibrate
 from moesaic.conversion._table import CONVERSIONS
-from moesaic.data.blocks import TokenBlocks
-from moesaic.models.checkpoint import load_dense
+from moesaic.data import DataConfig, TokenBlocks, prepare
+from moesaic.models.checkpoint import load_dense, load_tokenizer
 
 
 def convert(
@@ -32,7 +32,8 @@ def convert(
         model: A dense model, which is consumed, or where to load one from.
         config: Settings of a conversion, such as `moesaic.DSMoE(experts=8)`; they choose it.
         stats: What the settings need to know of the model, if it was measured before.
-        text: Training text to measure it on otherwise; see `moesaic.data.prepare`.
+        text: Training text to measure it on otherwise; see `moesaic.prepare`. The built-in text
+            if none and `model` says where its tokenizer is.
         calibration: How much of the text is read.
         progress: Told of every stage.
 
@@ -57,10 +58,12 @@ def convert(
         converted: PreTrainedModel = apply(dense, stats, config, progress=progress)[0]
         return converted
     if text is None:
-        raise InputError(
-            f"{info.name} with these settings measures {', '.join(needed)}; give text, such as "
-            "moesaic.data.prepare(DataConfig(), tokenizer).train, or stats"
-        )
+        if not isinstance(model, str):
+            raise InputError(
+                f"{info.name} with these settings measures {', '.join(needed)}; give text, such as "
+                "moesaic.prepare(DataConfig(), tokenizer).train, or stats"
+            )
+        text = prepare(DataConfig(), load_tokenizer(model), progress=progress).train
     with tempfile.TemporaryDirectory() as directory:
         stats = calibrate(
             dense, text, needed, calibration or CalibrationConfig(), Path(directory), progress
