@@ -15,9 +15,8 @@ def test_the_table_is_the_committed_record():
         "| | " + " | ".join(row["model"] for row in rows) + " |",
         "|---" * (len(rows) + 1) + "|",
     ]
-    for name in rows[0]:
-        if name not in ("model", "kind"):
-            lines.append(f"| {name} | " + " | ".join(row[name] for row in rows) + " |")
+    names = [name for name in rows[0] if name not in ("model", "kind")]
+    lines += [f"| {name} | " + " | ".join(row[name] for row in rows) + " |" for name in names]
     readme = (ROOT / "README.md").read_text()
     table = readme.split("<!-- demo table: bench/results/demo.json -->\n")[1].split("<!-- end -->")[
         0
