@@ -113,6 +113,10 @@ def test_bfloat16_stays_bfloat16(tmp_path):
         ({"init": "open", "router": SigmoidThresholdConfig()}, "needs router.bias"),
         ({"partition_options": {"scal": 1}}, "did you mean scale"),
         ({"seed": -1}, "seed must be at least 0"),
+        (
+            {"router": SigmoidThresholdConfig(threshold=0.0, value="one", bias=True)},
+            "needs a router.threshold above 0",
+        ),
     ],
 )
 def test_wrong_settings_say_so(options, message):

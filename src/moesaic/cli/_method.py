@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-import yaml
 
 from moesaic._errors import InputError
 from moesaic.calibration import CalibrationConfig
@@ -18,7 +17,7 @@ from moesaic.cli._progress import TerminalProgress
 from moesaic.data import DataConfig
 from moesaic.models.checkpoint import read_manifest
 from moesaic.recipes import Recipe, plan, run_recipe
-from moesaic.recipes.recipe import method_step
+from moesaic.recipes.recipe import method_step, parse_override
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,14 +88,7 @@ def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
     """Turn `a.b=value` pairs into nested settings."""
     settings: dict[str, Any] = {}
     for pair in pairs:
-        path, equals, text = pair.partition("=")
-        if not equals or not path:
-            raise InputError(f"--set must be NAME=VALUE, got {pair!r}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {path} has a value that is not YAML: {text!r}") from error
-        *parents, last = path.split(".")
+        parents, last, value = parse_override(pair)
         target = settings
         for name in parents:
             target = target.setdefault(name, {})

@@ -84,6 +84,8 @@ class DSMoE:
             )
         if self.init != "random" and not self.router.bias:
             raise InputError(f"init {self.init!r} needs router.bias; set it, or use init 'random'")
+        if self.init == "gram" and self.router.threshold == 0:
+            raise InputError("init 'gram' needs a router.threshold above 0, got 0; 0.5 is usual")
         if self.seed < 0:
             raise InputError(f"seed must be at least 0, got {self.seed}")
 

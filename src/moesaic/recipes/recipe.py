@@ -185,8 +185,8 @@ def method_step(kind: str, options: dict[str, Any]) -> Step:
     )
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    """Set one dotted path."""
+def parse_override(override: str) -> tuple[list[str], str, Any]:
+    """Split `a.b=value` into the way there, the last name and the value, which is YAML."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise InputError(f"--set must be a.b=value, got {override!r}")
@@ -195,6 +195,12 @@ def _override(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise InputError(f"--set {path} has a value that is not YAML: {text!r}") from error
     *parents, last = path.split(".")
+    return parents, last, value
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set one dotted path."""
+    parents, last, value = parse_override(override)
     target: Any = values
     for name in parents:
         target = _child(target, name, override)
