@@ -88,7 +88,7 @@ def test_convert_train_generate(root, capsys):
 
     argv = ["train", mosaic, trained, "--train.tokens", "128", "--train.active", "0.6", "--json"]
     assert main([*argv, *text]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 2
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 4
 
     assert main(["generate", trained, "--prompt", "word1", "--max-new-tokens", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == 3

@@ -57,7 +57,7 @@ class DSMoE:
         seed: Of the partition, the random routers and the fit.
     """
 
-    experts: int = 32
+    experts: int = 64
     partition: str = "coactivation"
     partition_options: Mapping[str, Any] = field(default_factory=dict)
     init: Literal["random", "open", "gram"] = "gram"

@@ -33,10 +33,10 @@ class TrainConfig:
     """
 
     tokens: int = 32768
-    batch_blocks: int = 2
+    batch_blocks: int = 1
     accumulate: int = 1
     trains: Literal["routers", "ffn", "everything", "lora"] = "ffn"
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     router_learning_rate: float = 1e-3
     warmup: float = 0.05
     distill: float = 1.0
