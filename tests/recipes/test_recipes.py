@@ -62,8 +62,8 @@ MOMENTS = {
     "parent": "parent/moesaic.json",
     "calibration": "calibration/layer_000.safetensors",
     "conversion": "01-convert/layers/layer_000.safetensors",
-    "training": "03-train/work/metrics.jsonl",
-    "checkpoint": "03-train/work/checkpoint-2/trainer_state.json",
+    "training": "03-train/training/metrics.jsonl",
+    "checkpoint": "03-train/training/checkpoint-2/trainer_state.json",
 }
 
 

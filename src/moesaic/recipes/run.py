@@ -145,7 +145,7 @@ class Run:
         step = self.recipe.steps[index]
         before = max(i for i in range(index) if self.recipe.steps[i].kind in ("convert", "train"))
         source = self.model_of(before)
-        work = self.place(index) / "work"
+        work = self.place(index) / "training"
         model, results = train(load(source), self.split().train, step.config, work, self.progress)
         shown = {name: value for name, value in results.items() if name != "log"}
         manifest = add_step(read_manifest(source), "train", to_plain(step.config), shown)
