@@ -220,7 +220,7 @@ def test_manifest_records_parent_steps_and_files(tmp_path):
     assert [step["step"] for step in read["steps"]] == ["dsmoe", "calibrate"]
     assert read["steps"][0]["config"] == {"experts": 4}
     assert read["steps"][0]["results"] == {"seconds": 1.0}
-    assert read["steps"][0]["versions"]["torch"] == torch.__version__
+    assert read["steps"][0]["versions"]["torch"] == version("torch")
     written = {file.name for file in path.iterdir()} - {"moesaic.json"}
     assert read["files"].keys() == written
     assert "model.safetensors" in written
