@@ -147,7 +147,17 @@ def judge(results: dict[str, Any]) -> tuple[dict[str, bool], str]:
     else:
         missed = "; ".join(claim for claim, true in holds.items() if not true)
         verdict = f"the paper's order did not come out in full at this scale (not: {missed})"
-    return holds, f"At 3 of 8 active, {verdict}: held-out loss in nats per byte {order}."
+    counts = [s[route]["active"] for s in results["seeds"] for route in ROUTES]
+    off = max(abs(count - TARGET) for count in counts)
+    points = [point["active"] for s in results["seeds"] for point in s["straight-through"]["sweep"]]
+    graded = sum(0.5 < count < EXPERTS - 0.5 for count in points)
+    holds["every count is within 0.1 of the target"] = off <= 0.1
+    holds["the threshold trades loss for count by degrees"] = graded > len(points) / 2
+    return holds, (
+        f"At 3 of 8 active (off by {off:.2f} at most, after moving the threshold), {verdict}: "
+        f"held-out loss in nats per byte {order}; {graded} of {len(points)} points of the "
+        "threshold sweep are neither all on nor all off."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -106,12 +106,17 @@ def judge(results: dict[str, Any]) -> tuple[dict[str, bool], str]:
         "at a similar loss (within 0.05 nats)": mean(paid, "loss") < mean(free, "loss") + 0.05,
         "the first layer uses more experts than the last": bool(layers_L[0] > layers_L[-1]),
     }
+    adding = float(np.mean([seed[paid]["adding"]["loss"] for seed in results["seeds"]]))
+    holds["the harder language is learned at all"] = adding < 0.9 * float(np.log(97))
     missed = [claim for claim, true in holds.items() if not true]
-    verdict = "all came out at this scale" if not missed else f"not at this scale: {missed[0]}"
+    verdict = (
+        "all came out at this scale" if not missed else f"not at this scale: {'; '.join(missed)}"
+    )
     return holds, (
         f"The card's predictions: {verdict}; {mean(free, 'experts'):.2f} experts at loss "
         f"{mean(free, 'loss'):.3f} without the entropy loss, {mean(paid, 'experts'):.2f} at "
-        f"{mean(paid, 'loss'):.3f} with it, top-2 reaches {mean('top-2', 'loss'):.3f}."
+        f"{mean(paid, 'loss'):.3f} with it, top-2 reaches {mean('top-2', 'loss'):.3f}; the adding "
+        f"language stays at {adding:.2f} where a guess costs {np.log(97):.2f}."
     )
 
 
