@@ -134,6 +134,8 @@ def test_dry_run_writes_nothing(root, capsys):
         (["--set", "expert=4"], "did you mean experts"),
         (["--set", "active=0"], "active must be in (0, 1], got 0"),
         (["--set", "partition=contigous"], "did you mean contiguous"),
+        (["--set", "experts=7", "--set", "active=0.5"], "experts=7 does not divide the FFN width"),
+        (["--set", "router=1", "router.threshold=0.4"], "does not lead to an option"),
         (["--method", "dsmo"], "did you mean dsmoe"),
         (["--preset", "papr"], "did you mean paper"),
         (["--data.sources", "nowhere.txt"], "nowhere.txt"),
@@ -191,6 +193,8 @@ def test_full_disk_is_said_before_any_work(root, capsys, monkeypatch, tmp_path):
     [
         (MemoryError(), 1, "out of memory; lower train.batch_blocks"),
         (RuntimeError("DefaultCPUAllocator: not enough memory: tried"), 1, "out of memory; lower"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: x"), 1, "out of memory; lower"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . x"), 1, "free some space"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of memory; lower"),
         (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "the disk is full"),
         (KeyboardInterrupt(), 130, "the same command goes on"),
@@ -218,3 +222,34 @@ def test_doctor(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["cores"] >= 1
     assert "measured" in facts["fastest_dtype"]
+
+
+def test_the_allocator_of_this_system_is_understood(monkeypatch, capsys):
+    def asks_for_too_much(name):
+        torch.empty(10**15)
+
+    monkeypatch.setattr(main_file.importlib, "import_module", asks_for_too_much)
+    assert "out of memory; lower" in fails(capsys, ["doctor"], 1)
+
+
+def test_one_router_setting_keeps_the_others(root, capsys):
+    argv = ["convert", str(root / "dense"), str(root / "threshold"), "--dry-run"]
+    text = ["--data.sources", f"notes={root / 'text'}", "--data.block", "32"]
+    assert main([*argv, *text, "--set", "experts=4", "router.threshold=0.4"]) == 0
+
+
+def test_chat_without_a_template(root, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "moesaic.cli.generate.load_dense", lambda *a, **k: pytest.fail("a model was loaded")
+    )
+    argv = ["generate", str(root / "dense"), "--prompt", "a", "--chat"]
+    assert "has no chat template; leave out --chat" in fails(capsys, argv)
+
+
+def test_wrong_tasks_are_refused_before_a_model_is_loaded(root, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "moesaic.cli.eval.load_dense", lambda *a, **k: pytest.fail("a model was loaded")
+    )
+    dense, record = str(root / "dense"), str(root / "tasks.json")
+    argv = ["eval", dense, "--output", record, "--tasks", str(root / "none.jsonl")]
+    assert "none.jsonl" in fails(capsys, argv)

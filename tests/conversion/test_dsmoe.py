@@ -1,9 +1,11 @@
 """The DSMoE conversion: an exact cut, the paper's defaults, budgets, and resuming at a layer."""
 
+import dataclasses
+
 import pytest
 import torch
 from calibration_cases import LLAMA, Killed, Watch, make_text
-from model_cases import ROWS, dense_model, random_ids, same_state
+from model_cases import LAYERS, ROWS, Case, dense_model, random_ids, same_state
 
 from moesaic._errors import InputError
 from moesaic.calibration import CalibrationConfig, calibrate
@@ -109,6 +111,7 @@ def test_bfloat16_stays_bfloat16(tmp_path):
     [
         ({"active": 0.0}, r"active must be in \(0, 1\], got 0.0"),
         ({"active": 1.2}, r"active must be in \(0, 1\], got 1.2"),
+        ({"active": 0.05}, r"init 'gram' needs active of at least 0.1, got 0.05; raise it or use"),
         ({"partition": "coactivaton"}, "did you mean coactivation"),
         ({"init": "open", "router": SigmoidThresholdConfig()}, "needs router.bias"),
         ({"partition_options": {"scal": 1}}, "did you mean scale"),
@@ -137,3 +140,90 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_touched(tmp_path):
     model, _ = convert_dsmoe(dense, None, PRESETS["paper"])
     with pytest.raises(InputError, match="converted already"):
         convert_dsmoe(model, None, PRESETS["paper"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", [LLAMA, Case("gpt2", {}), Case("opt", {})], ids=str)
+def test_papers_gates_have_no_bias(case):
+    dense = dense_model(case)
+    before = sum(p.numel() for p in dense.parameters())
+    model, results = convert_dsmoe(dense, None, PRESETS["paper"])
+    assert (
+        sum(p.numel() for p in model.parameters()) - before == LAYERS * model.config.hidden_size * 8
+    )
+    assert results == {}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("partition", ["random", "coactivation"])
+@pytest.mark.parametrize("case", [Case("llama", {"mlp_bias": True}), Case("opt", {})], ids=str)
+def test_reordering_takes_the_biases_along(case, partition, tmp_path):
+    dense, ids = dense_model(case), random_ids()
+    want = dense(ids).logits
+    config = DSMoE(experts=4, init="random", partition=partition)
+    stats = stats_for(config, tmp_path, case) if config.collectors() else None
+    model, _ = convert_dsmoe(dense, stats, config)
+    with all_experts_on(model):
+        torch.testing.assert_close(model(ids).logits, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fitted_routers_meet_the_budget_in_half_precision(dtype, tmp_path):
+    text = make_text(40)
+    config = DSMoE(experts=8, active=0.5, fit_steps=20)
+    dense = dense_model(LLAMA, dtype)
+    tokens = CalibrationConfig(tokens=text.num_tokens)
+    stats = calibrate(dense, text, config.collectors(), tokens, tmp_path)
+    model, results = convert_dsmoe(dense, stats, config)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    with record_routing(model) as routings, torch.no_grad():
+        model(torch.from_numpy(text.ids_NS).long())
+    for routing, asked in zip(routings, results["active_per_layer"], strict=True):
+        assert float(routing.active_TE().float().mean()) == pytest.approx(asked, abs=0.05)
+
+
+def test_error_is_told_at_the_fraction_of_the_layer(tmp_path):
+    config = DSMoE(experts=8, active=0.5, fit_steps=10)
+    stats = stats_for(config, tmp_path)
+    # All that matters is the first layer: it gets most of the budget, and its error falls.
+    stats = dataclasses.replace(stats, sensitivity=(1e6, 1.0))
+    _, even = convert_dsmoe(
+        dense_model(LLAMA), stats, dataclasses.replace(config, allocation="uniform")
+    )
+    _, shared = convert_dsmoe(dense_model(LLAMA), stats, config)
+    assert shared["active_per_layer"][0] > 0.8
+    assert shared["error_per_layer"][0] < 0.5 * even["error_per_layer"][0]
+    assert shared["error_per_layer"][1] > even["error_per_layer"][1]
+
+
+@torch.no_grad()
+def test_everything_active_needs_no_text():
+    config = DSMoE(experts=4, active=1.0, partition="contiguous")
+    assert config.collectors() == ()
+    dense, ids = dense_model(LLAMA), random_ids()
+    want = dense(ids).logits
+    model, _ = convert_dsmoe(dense, None, config)
+    torch.testing.assert_close(model(ids).logits, want, atol=1e-5, rtol=1e-5)
+
+
+def test_statistics_of_another_model_are_refused(tmp_path):
+    config = DSMoE(experts=4, active=0.5)
+    stats = stats_for(config, tmp_path)
+    deeper = dense_model(Case("llama", {"num_hidden_layers": 3}))
+    with pytest.raises(InputError, match=r"measured on 2 layers, the model has 3; calibrate this"):
+        convert_dsmoe(deeper, stats, config)
+    assert not moe_layers(deeper)
+
+
+def test_random_routers_depend_on_the_seed_alone():
+    models = [
+        convert_dsmoe(dense_model(LLAMA), None, dataclasses.replace(PRESETS["paper"], seed=seed))[0]
+        for seed in (0, 1)
+    ]
+    routers = [[layer.router.weight.detach() for layer in moe_layers(model)] for model in models]
+    flat = [weight for weights in routers for weight in weights]
+    assert all(abs(float(weight.std()) - 0.02) < 0.004 for weight in flat)
+    for index, weight in enumerate(routers[0]):
+        others = [w for i, w in enumerate(routers[0]) if i != index]
+        assert not any(torch.equal(weight, other) for other in others)
+    assert not torch.equal(routers[0][0], routers[1][0])

@@ -90,6 +90,45 @@ def test_fit_finds_which_block_a_token_needs():
     assert float(active_TE[torch.arange(T), needed_T].float().mean()) > 0.98
 
 
+@torch.no_grad()
+def test_folded_router_gives_the_scores_of_the_fit(monkeypatch):
+    """The last decision of the fit is the module's own, on the same tokens as they came."""
+    experts, router = make_experts(), make_router()
+    h_TD = torch.randn(T, D) @ torch.randn(D, D) * torch.linspace(0.1, 5, D) + 3.0
+    decided = []
+    decide = SigmoidThreshold.decide
+    monkeypatch.setattr(
+        SigmoidThreshold, "decide", lambda self, s: decided.append(s.detach()) or decide(self, s)
+    )
+    with torch.enable_grad():
+        fit = fit_router(router, experts, h_TD, 0.5, steps=20, seed=0)
+    inside_TE, outside_TE = decided[-1], router.eval()(h_TD).scores_TE
+    distance = torch.cdist(inside_TE.double(), outside_TE.double())
+    assert 0 < len(inside_TE) < T
+    assert float(distance.min(1).values.max()) < 1e-4 * float(outside_TE.std())
+    nearest = distance.argmin(1)
+    assert len(nearest.unique()) == len(nearest)
+    assert float(router(h_TD[nearest]).active_TE().float().mean()) == pytest.approx(fit.active)
+
+
+@torch.no_grad()
+def test_fit_beats_random_choices():
+    experts, router = make_experts(), make_router()
+    h_TD = torch.randn(T, D) + 1.0
+    with torch.enable_grad():
+        fit_router(router, experts, h_TD, 0.5, steps=100, seed=0)
+    fresh_TD = torch.randn(T, D) + 1.0
+    gram_TEE = token_grams(fresh_TD, experts)
+    weights_TE = router.eval()(fresh_TD).weights_TE()
+    fitted = float(gram_error(gram_TEE, weights_TE))
+    # The same number of gates for every token, dealt anew.
+    dealt = [
+        float(gram_error(gram_TEE, torch.stack([w[torch.randperm(E)] for w in weights_TE])))
+        for _ in range(10)
+    ]
+    assert fitted < 0.7 * min(dealt)
+
+
 def test_fit_is_reproducible():
     h_TD = torch.randn(T, D)
     routers = [make_router(), make_router()]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from recipe_cases import recipe_values, write_recipe
@@ -15,6 +16,7 @@ from moesaic._errors import InputError
 from moesaic._files import read_json
 from moesaic.models import load
 from moesaic.recipes import plan, read_recipe, run_recipe
+from moesaic.recipes.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,10 @@ BROKEN = {
         lambda v: v["steps"][0]["convert"].update(preset="papre"),
         "preset 'papre' is unknown; did you mean paper",
     ),
+    "no mapping": (
+        lambda v: v["steps"].append({"compress": "flap"}),
+        "must be a mapping of options, got 'flap'",
+    ),
     "experts": (lambda v: v["steps"][0]["convert"].update(experts=7), "experts=7 does not divide"),
     "active": (
         lambda v: v["steps"][0]["convert"].update(active=1.5),
@@ -168,3 +174,29 @@ def test_a_recipe_that_is_no_yaml(tmp_path):
         read_recipe(tmp_path / "r.yaml")
     with pytest.raises(InputError, match="does not exist"):
         read_recipe(tmp_path / "none.yaml")
+
+
+def test_a_run_killed_at_its_first_file_goes_on(tmp_path):
+    recipe = read_recipe(write_recipe(tmp_path))
+    recipe.output.mkdir()
+    (recipe.output / ".run.json.77.tmp").write_text("{")
+    Run(recipe).claim()
+    assert read_json(recipe.output / "run.json") == recipe.plain()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        Run(read_recipe(tmp_path / "recipe.yaml", [f"output={tmp_path / 'other'}"])).claim()
+
+
+def test_one_router_setting_keeps_the_others(tmp_path):
+    path = write_recipe(tmp_path)
+    whole = read_recipe(path).steps[0].config
+    moved = read_recipe(path, ["steps.convert.router.threshold=0.4"]).steps[0].config
+    assert moved == replace(whole, router=replace(whole.router, threshold=0.4))
+
+
+def test_text_is_not_read_where_no_step_needs_it(tmp_path):
+    values = recipe_values(tmp_path)
+    values["steps"] = [{"convert": {"preset": "paper", "experts": 4}}]
+    values["data"] = {"sources": ["nowhere.txt"]}
+    assert plan(read_recipe(write_recipe(tmp_path, values)))["documents"] == 0

@@ -107,5 +107,55 @@ def test_what_cannot_work_is_refused(tmp_path):
     with pytest.raises(InputError, match="no routed layer"):
         train(dense_model(LLAMA), make_text(), settings(), tmp_path)
     train(start(), make_text(), settings(steps=1), tmp_path)
-    with pytest.raises(InputError, match="other settings or text"):
+    with pytest.raises(InputError, match="training with other settings; choose"):
         train(start(), make_text(), settings(steps=2), tmp_path)
+
+
+def test_another_model_does_not_go_on_from_this_ones_checkpoint(tmp_path):
+    train(start(), make_text(), settings(), tmp_path)
+    other = start()
+    with torch.no_grad():
+        next(other.parameters()).mul_(2.0)
+    with pytest.raises(InputError, match="training with other model; choose"):
+        train(other, make_text(), settings(), tmp_path)
+
+
+def test_a_line_cut_by_a_kill_is_written_again(tmp_path):
+    whole, results = train(start(), make_text(), settings(), tmp_path / "whole")
+    train(start(), make_text(), settings(), tmp_path / "cut")
+    with (tmp_path / "cut" / METRICS).open("a") as handle:
+        handle.write('{"step": 5, "to')
+    again, resumed = train(start(), make_text(), settings(), tmp_path / "cut")
+    assert resumed["log"] == results["log"]
+    same_state(again, whole)
+
+
+def test_a_kill_during_the_cleaning_leaves_nothing_to_resume_from(tmp_path, monkeypatch):
+    whole, _ = train(start(), make_text(), settings(), tmp_path)
+
+    def killed(path):
+        (path / "model.safetensors").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moesaic.training.run.shutil.rmtree", killed)
+        with pytest.raises(Killed):
+            clean(tmp_path)
+    again, _ = train(start(), make_text(), settings(), tmp_path)
+    same_state(again, whole)
+
+
+@pytest.mark.parametrize("trains", ["ffn", "lora"])
+@pytest.mark.parametrize("stop_after", [3, 4])
+def test_resuming_takes_up_all_that_trained(trains, stop_after, tmp_path):
+    whole, results = train(start(), make_text(), settings(trains=trains), tmp_path / "whole")
+    if stop_after == 4:
+        # Killed after the last checkpoint, before the result was saved.
+        train(start(), make_text(), settings(trains=trains), tmp_path / "cut")
+    else:
+        watch = Watch(stop_after * 2 * BLOCK - 1)
+        with pytest.raises(Killed):
+            train(start(), make_text(), settings(trains=trains), tmp_path / "cut", watch)
+    again, same = train(start(), make_text(), settings(trains=trains), tmp_path / "cut")
+    assert same == results
+    same_state(again, whole)

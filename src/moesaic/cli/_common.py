@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 T = TypeVar("T")
+
+# Each use of the option takes one or more, and all uses count.
+Overrides = Annotated[
+    tuple[tuple[str, ...], ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="NAME=VALUE"),
+]
 
 
 def parse(options: type[T], argv: Sequence[str], name: str) -> T:

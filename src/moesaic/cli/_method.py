@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
 from moesaic._errors import InputError
 from moesaic.calibration import CalibrationConfig
-from moesaic.cli._common import parse, quiet_libraries, show
+from moesaic.cli._common import Overrides, parse, quiet_libraries, show
 from moesaic.cli._progress import TerminalProgress
 from moesaic.data import DataConfig
 from moesaic.models.checkpoint import read_manifest
 from moesaic.recipes import Recipe, plan, run_recipe
-from moesaic.recipes.recipe import method_step, parse_override
+from moesaic.recipes.recipe import apply_override, method_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,7 @@ class Options:
     output: tyro.conf.Positional[Path]
     method: str = ""
     preset: str = ""
-    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    set: Overrides = ()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     data: DataConfig = field(default_factory=DataConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -53,7 +54,9 @@ def run_method(kind: str, argv: Sequence[str]) -> int:
     """Run one of the two commands."""
     options = parse(Options, argv, kind)
     quiet_libraries()
-    settings = settings_of(options.set)
+    settings: dict[str, Any] = {}
+    for override in itertools.chain.from_iterable(options.set):
+        apply_override(settings, override)
     if options.method:
         settings["method"] = options.method
     if options.preset:
@@ -82,15 +85,3 @@ def run_method(kind: str, argv: Sequence[str]) -> int:
     result = {"output": str(options.output), "method": step.method, **results}
     show(result, as_json=options.json)
     return 0
-
-
-def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
-    """Turn `a.b=value` pairs into nested settings."""
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        parents, last, value = parse_override(pair)
-        target = settings
-        for name in parents:
-            target = target.setdefault(name, {})
-        target[last] = value
-    return settings

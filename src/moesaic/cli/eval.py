@@ -14,7 +14,7 @@ from moesaic.analysis import write_report
 from moesaic.cli._common import parse, quiet_libraries, show, show_table
 from moesaic.cli._progress import TerminalProgress
 from moesaic.data import DataConfig, prepare
-from moesaic.evaluation import EvaluationConfig, Subject, evaluate, evaluate_tasks
+from moesaic.evaluation import EvaluationConfig, Subject, check_tasks, evaluate, evaluate_tasks
 from moesaic.models.checkpoint import load, load_dense, load_tokenizer, read_manifest
 
 
@@ -48,6 +48,8 @@ def run(argv: Sequence[str]) -> int:
     manifests = {path: read_manifest(path) for path in options.models}
     if len({path.name for path in options.models}) < len(options.models):
         raise InputError("models must differ in the name of their directory; rename one")
+    if options.tasks:
+        check_tasks(options.tasks)
     tokenizer = load_tokenizer(options.dense)
     subjects = {"dense": Subject(load_dense(options.dense), "dense", options.dense)}
     for path, manifest in manifests.items():

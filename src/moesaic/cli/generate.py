@@ -44,6 +44,8 @@ def run(argv: Sequence[str]) -> int:
     converted = read_config(options.model).model_type.startswith("moesaic_")
     ours = converted or (Path(options.model) / MANIFEST).is_file()
     tokenizer = load_tokenizer(options.model)
+    if options.chat and not tokenizer.chat_template:
+        raise InputError(f"the tokenizer of {options.model} has no chat template; leave out --chat")
     model = load(options.model) if ours and converted else load_dense(options.model)
     from transformers import TextStreamer
 

@@ -72,15 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"the disk is full ({error.filename}); free some space and run again", 1)
     except RuntimeError as error:
-        # torch has no class of its own for memory on the CPU.
-        if "not enough memory" not in str(error) and "out of memory" not in str(error):
-            raise
-        return _fail(_OUT_OF_MEMORY, 1)
+        # torch has no class of its own for memory on the CPU, nor for a file it cannot write.
+        if any(sign in str(error) for sign in _MEMORY_SIGNS):
+            return _fail(_OUT_OF_MEMORY, 1)
+        if any(sign in str(error) for sign in _WRITE_SIGNS):
+            return _fail(_NOT_WRITTEN, 1)
+        raise
 
 
 _OUT_OF_MEMORY = (
     "out of memory; lower train.batch_blocks, calibration.tokens or data.block, and run again"
 )
+# The allocator of the CPU says the first on Linux, the second elsewhere; that of CUDA the third.
+_MEMORY_SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
+_NOT_WRITTEN = "a checkpoint could not be written, as on a full disk; free some space and run again"
+_WRITE_SIGNS = ("inline_container.cc", "PytorchStreamWriter failed writing")
 
 
 def _fail(message: str, code: int) -> int:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
 from moesaic._files import read_json
-from moesaic.cli._common import parse, quiet_libraries, show, show_table
+from moesaic.cli._common import Overrides, parse, quiet_libraries, show, show_table
 from moesaic.cli._progress import TerminalProgress
 from moesaic.recipes import plan, read_recipe, run_recipe
 
@@ -28,7 +28,7 @@ class Options:
     """
 
     recipe: tyro.conf.Positional[Path]
-    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="A.B=VALUE")] = ()
+    set: Overrides = ()
     dry_run: bool = False
     json: bool = False
 
@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parse(Options, argv, "run")
     quiet_libraries()
-    recipe = read_recipe(options.recipe, options.set)
+    recipe = read_recipe(options.recipe, tuple(itertools.chain.from_iterable(options.set)))
     if options.dry_run:
         show(plan(recipe), as_json=options.json)
         return 0

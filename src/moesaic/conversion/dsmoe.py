@@ -86,6 +86,11 @@ class DSMoE:
             raise InputError(f"init {self.init!r} needs router.bias; set it, or use init 'random'")
         if self.init == "gram" and self.router.threshold == 0:
             raise InputError("init 'gram' needs a router.threshold above 0, got 0; 0.5 is usual")
+        if self.init == "gram" and self.active < FRACTIONS[0]:
+            raise InputError(
+                f"init 'gram' needs active of at least {FRACTIONS[0]}, got {self.active}; raise it "
+                "or use init 'open'"
+            )
         if self.seed < 0:
             raise InputError(f"seed must be at least 0, got {self.seed}")
 
@@ -148,7 +153,7 @@ def convert_dsmoe(
 
     Returns:
         The converted model in evaluation mode, and what was measured: per layer, the active
-        fraction and relative error of a fitted router.
+        fraction that a fitted router was moved to and its relative error there.
 
     Raises:
         InputError: Before any work, if the settings do not fit the model or the statistics.
@@ -206,7 +211,10 @@ def _share_budget(
             layer.router.bias.sub_(float(np.interp(active, FRACTIONS, fit.shifts)))
     return {
         "active_per_layer": [round(active, 4) for active in actives],
-        "error_per_layer": [round(fit.error(), 5) for fit in fits],
+        "error_per_layer": [
+            round(float(np.interp(active, FRACTIONS, fit.errors)), 5)
+            for active, fit in zip(actives, fits, strict=True)
+        ],
     }
 
 

@@ -13,7 +13,7 @@ from moesaic.evaluation.perplexity import (
 )
 from moesaic.evaluation.record import EvaluationConfig, Subject, evaluate
 from moesaic.evaluation.speed import SpeedConfig, SpeedResult, measure_speed
-from moesaic.evaluation.tasks import TaskAccuracy, TasksConfig, evaluate_tasks
+from moesaic.evaluation.tasks import TaskAccuracy, TasksConfig, check_tasks, evaluate_tasks
 
 __all__ = [
     "Activation",
@@ -28,6 +28,7 @@ __all__ = [
     "Subject",
     "TaskAccuracy",
     "TasksConfig",
+    "check_tasks",
     "choose_blocks",
     "evaluate",
     "evaluate_perplexity",

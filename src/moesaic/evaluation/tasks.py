@@ -81,25 +81,10 @@ def evaluate_tasks(
         ImportError: If lm-eval is not installed.
     """
     config = config or TasksConfig()
-    if not tasks:
-        raise InputError("accuracy needs at least 1 task, got 0; name one or give a .jsonl file")
-    local = {task: read_questions(Path(task)) for task in tasks if task.endswith(".jsonl")}
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ImportError(
-            'task accuracy needs lm-eval, which is not installed; pip install "moesaic[eval]"'
-        ) from error
-    # Its own tasks are a long list to index.
-    manager = TaskManager(include_defaults=len(local) < len(set(tasks)))
-    for task in tasks:
-        if task not in local and task not in manager.all_tasks:
-            raise InputError(
-                f"task {task!r} is neither a task of lm-eval nor a .jsonl file; "
-                "`lm_eval ls tasks` lists the names"
-            )
+    local, manager = check_tasks(tasks)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     names = {task: f"local-{i}-{Path(task).stem}" for i, task in enumerate(local)}
     specs = [_local_task(names[t], local[t], config) if t in local else t for t in tasks]
     with measuring(model):
@@ -129,6 +114,37 @@ def evaluate_tasks(
         )
         for task in tasks
     }
+
+
+def check_tasks(tasks: Sequence[str]) -> tuple[dict[str, list[dict[str, Any]]], Any]:
+    """Refuse tasks that cannot be measured, before a model is loaded; see `evaluate_tasks`.
+
+    Returns:
+        The questions of local files, and the task manager of lm-eval.
+
+    Raises:
+        InputError: If a file is missing or a line of it is not such a question, or a name is
+            unknown.
+        ImportError: If lm-eval is not installed.
+    """
+    if not tasks:
+        raise InputError("accuracy needs at least 1 task, got 0; name one or give a .jsonl file")
+    local = {task: read_questions(Path(task)) for task in tasks if task.endswith(".jsonl")}
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError(
+            'task accuracy needs lm-eval, which is not installed; pip install "moesaic[eval]"'
+        ) from error
+    # Its own tasks are a long list to index.
+    manager = TaskManager(include_defaults=len(local) < len(set(tasks)))
+    for task in tasks:
+        if task not in local and task not in manager.all_tasks:
+            raise InputError(
+                f"task {task!r} is neither a task of lm-eval nor a .jsonl file; "
+                "`lm_eval ls tasks` lists the names"
+            )
+    return local, manager
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:

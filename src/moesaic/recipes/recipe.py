@@ -118,7 +118,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(values, dict):
         raise InputError(f"recipe {path} must be a mapping with model, output and steps")
     for override in overrides:
-        _override(values, override)
+        apply_override(values, override)
     return build_recipe(values)
 
 
@@ -154,6 +154,8 @@ def _step(item: Any, index: int) -> Step:
     kind, options = next(iter(item.items()))
     if kind not in _KINDS:
         raise UnknownNameError(unknown_name("recipe step", str(kind), _KINDS))
+    if options is not None and not isinstance(options, dict):
+        raise InputError(f"{where}.{kind} must be a mapping of options, got {options!r}")
     options = dict(options or {})
     if kind == "train":
         return Step(kind=kind, method="", config=build_config(TrainConfig, options, where=kind))
@@ -169,15 +171,18 @@ def method_step(kind: str, options: dict[str, Any]) -> Step:
     options = dict(options)
     method = options.pop("method", "dsmoe" if kind == "convert" else "flap")
     config_class = table.load_config(method)
-    preset = options.pop("preset", None)
+    presets: dict[str, Any] = getattr(config_class, "presets", dict)()
+    preset = options.pop("preset", "default" if "default" in presets else None)
     if preset is not None:
-        presets: dict[str, Any] = getattr(config_class, "presets", dict)()
         if preset not in presets:
             raise UnknownNameError(unknown_name(f"{method} preset", str(preset), presets))
         base = to_plain(presets[preset])
-        if isinstance(options.get("router"), dict):
-            options["router"] = {**base["router"], **options["router"]}
-        options = {**base, **options}
+        # One setting of a router leaves its others as the method has them, not the router's own.
+        for name, value in options.items():
+            if isinstance(value, dict) and isinstance(base.get(name), dict):
+                value = {**base[name], **value}
+            base[name] = value
+        options = base
     return Step(
         kind=kind,
         method=method,
@@ -185,8 +190,8 @@ def method_step(kind: str, options: dict[str, Any]) -> Step:
     )
 
 
-def parse_override(override: str) -> tuple[list[str], str, Any]:
-    """Split `a.b=value` into the way there, the last name and the value, which is YAML."""
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set the dotted path of `a.b=value`; the value is YAML."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise InputError(f"--set must be a.b=value, got {override!r}")
@@ -195,12 +200,6 @@ def parse_override(override: str) -> tuple[list[str], str, Any]:
     except yaml.YAMLError as error:
         raise InputError(f"--set {path} has a value that is not YAML: {text!r}") from error
     *parents, last = path.split(".")
-    return parents, last, value
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    """Set one dotted path."""
-    parents, last, value = parse_override(override)
     target: Any = values
     for name in parents:
         target = _child(target, name, override)

@@ -69,7 +69,9 @@ class Run:
                     "output or delete it"
                 )
             return
-        if self.directory.exists() and any(self.directory.iterdir()):
+        # A run killed while it wrote its first file left a temporary one, which is nobody's.
+        found = self.directory.iterdir() if self.directory.exists() else ()
+        if any(not (p.name.startswith(".run.json.") and p.suffix == ".tmp") for p in found):
             raise InputError(
                 f"output {self.directory} is not empty and holds no run; choose another"
             )
@@ -203,7 +205,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     for step in recipe.steps:
         if step.kind == "convert" and hasattr(step.config, "experts"):
             validate_num_experts(width, step.config.experts)
-    documents = load_documents(recipe.data)
+    reads = bool(recipe.collectors()) or any(s.kind in ("train", "evaluate") for s in recipe.steps)
+    documents = load_documents(recipe.data) if reads else ()
     parameters = _parameters(config, width)
     size = 2 if recipe.dtype in ("bfloat16", "float16") else 4
     trains = any(step.kind == "train" for step in recipe.steps)

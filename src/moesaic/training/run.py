@@ -16,6 +16,7 @@ from moesaic._errors import InputError
 from moesaic._files import read_json, require_space, write_json
 from moesaic._progress import SILENT, Progress
 from moesaic.data.blocks import TokenBlocks
+from moesaic.models.checkpoint import fingerprint
 from moesaic.nn.layer import moe_layers
 from moesaic.training.budget import BudgetControl, settle_threshold
 from moesaic.training.config import TrainConfig
@@ -23,6 +24,8 @@ from moesaic.training.teacher import dense_teacher
 from moesaic.training.trainer import BlockDataset, DistillTrainer, StepRecorder
 
 METRICS = "metrics.jsonl"
+# The last file of a checkpoint to be written.
+_WHOLE = "trainer_state.json"
 # Blocks of training text on which the final threshold is placed.
 _SETTLE_BLOCKS = 12
 
@@ -64,7 +67,10 @@ def train(
     terms: dict[str, Any] = getattr(model, "loss_terms", {})
     if config.active > 0 and "sparsity" not in terms:
         raise InputError("a budget needs the sparsity loss; convert with sparse_coef, or active 0")
-    _claim(directory, {"config": to_plain(config), "blocks": text.fingerprint()})
+    _claim(
+        directory,
+        {"settings": to_plain(config), "text": text.fingerprint(), "model": fingerprint(model)},
+    )
     require_space(directory, _checkpoint_bytes(model), what="a training checkpoint")
 
     select_trainable(model, config.trains)
@@ -87,7 +93,13 @@ def train(
         )
         recorder.trainer = trainer
         _quiet(trainer)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(directory))
+        last = _last_checkpoint(directory)
+        if last is not None and _step_of(Path(last)) >= steps:
+            # The Trainer would do one step more.
+            trainer.take_up(last)
+            stage.advance(steps * step_tokens)
+        else:
+            trainer.train(resume_from_checkpoint=last)
     if config.trains == "lora":
         model = wrapped.merge_and_unload()  # type: ignore[operator]
     model.requires_grad_(True)
@@ -95,7 +107,7 @@ def train(
     if config.active > 0:
         ids_NS = torch.from_numpy(text.take(min(_SETTLE_BLOCKS, len(text))).ids_NS).long()
         results["threshold"] = settle_threshold(model, ids_NS.to(model.device), config.active)
-    lines = (directory / METRICS).read_text().splitlines()
+    lines = (directory / METRICS).read_text().splitlines()[:steps]
     results["log"] = [json.loads(line) for line in lines]
     return model.eval(), results
 
@@ -103,6 +115,8 @@ def train(
 def clean(directory: Path) -> None:
     """Delete the checkpoints of a training whose result is saved; its metrics stay."""
     for path in directory.glob("checkpoint-*"):
+        # First what makes it count as whole: half a checkpoint must never be resumed from.
+        (path / _WHOLE).unlink(missing_ok=True)
         shutil.rmtree(path)
 
 
@@ -179,10 +193,12 @@ def _claim(directory: Path, key: dict[str, Any]) -> None:
     """Make the directory ours, or refuse one that holds another training."""
     path = directory / "train.json"
     if path.is_file():
-        if read_json(path) != json.loads(json.dumps(key)):
+        old = read_json(path)
+        different = [n for n, value in json.loads(json.dumps(key)).items() if old.get(n) != value]
+        if different:
             raise InputError(
-                f"{directory} holds a training with other settings or text; choose another "
-                "directory or delete it"
+                f"{directory} holds a training with other {' and '.join(different)}; choose "
+                "another directory or delete it"
             )
         return
     write_json(path, key)
@@ -196,7 +212,11 @@ def _checkpoint_bytes(model: PreTrainedModel) -> int:
 
 def _last_checkpoint(directory: Path) -> str | None:
     """The newest checkpoint that was written to its end."""
-    whole = [p for p in directory.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    whole = [p for p in directory.glob("checkpoint-*") if (p / _WHOLE).is_file()]
     if not whole:
         return None
-    return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2])))
+    return str(max(whole, key=_step_of))
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

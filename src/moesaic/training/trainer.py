@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
@@ -22,13 +23,17 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
+from moesaic._files import atomic_write
 from moesaic._progress import Stage
 from moesaic.data.blocks import TokenBlocks
-from moesaic.nn.layer import record_routing
+from moesaic.nn.layer import moe_layers, record_routing
 from moesaic.training.budget import BudgetControl, active_fraction
 from moesaic.training.config import TrainConfig
 from moesaic.training.divergence import divergence
 from moesaic.training.teacher import teacher_logits
+
+# Beside the adapters of a checkpoint.
+ROUTERS = "routers.safetensors"
 
 
 class BlockDataset(Dataset[dict[str, Tensor]]):
@@ -99,6 +104,33 @@ class DistillTrainer(Trainer):
                 fused=True,
             )
         return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.model is not self.core:
+            # A checkpoint of adapters holds nothing else that trains.
+            folder = Path(output_dir or str(self.args.output_dir))
+            save_file(self._routers(), folder / ROUTERS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.model is not self.core:
+            saved = load_file(Path(resume_from_checkpoint) / ROUTERS)
+            with torch.no_grad():
+                for name, tensor in self._routers().items():
+                    tensor.copy_(saved[name])
+
+    def take_up(self, checkpoint: str) -> None:
+        """Load the weights of a checkpoint, as for one after the last step."""
+        self._load_from_checkpoint(checkpoint)
+
+    def _routers(self) -> dict[str, Tensor]:
+        return {
+            f"{index}.{name}": parameter.detach()
+            for index, layer in enumerate(moe_layers(self.core))
+            if layer.router is not None
+            for name, parameter in layer.router.named_parameters()
+        }
 
     def compute_loss(
         self,
@@ -197,8 +229,10 @@ class StepRecorder(TrainerCallback, ExportableState):
                 self.control.integral = saved["attributes"]["integral"]
                 self._set_coef()
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        # One line a step, from the first; what follows, perhaps cut in a line, is done again.
+        kept = lines[: state.global_step]
+        with atomic_write(self.path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
         self.stage.advance(state.global_step * self.step_tokens)
 
     def on_step_end(
