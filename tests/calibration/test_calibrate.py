@@ -268,6 +268,10 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / MANIFEST).write_text("{", "utf-8")
     with pytest.raises(CheckpointError, match=r"calibration.json is not valid JSON"):
         open_stats(tmp_path)
+    for record in ('{"num_layers": 4}', "[]", '{"num_layers": "many"}'):
+        (tmp_path / MANIFEST).write_text(record, "utf-8")
+        with pytest.raises(CheckpointError, match=r"calibration.json was edited or is of another"):
+            open_stats(tmp_path)
 
 
 def test_require_names_what_is_missing(tmp_path):

@@ -202,6 +202,16 @@ def test_constant_neurons_go_at_no_loss(case, tmp_path):
     assert (logits(alone) - want).abs().max() > 1e-2
 
 
+def test_what_stays_keeps_its_order(tmp_path):
+    dense = dense_model(LLAMA)
+    rows = [ffn.up_FD.clone() for ffn in read_all(dense)]
+    pruned, _ = prune_flap(dense, measure(dense, tmp_path), FLAP(active=0.5))
+    for moe, up_FD in zip(moe_layers(pruned), rows, strict=True):
+        kept_KD = moe.shared.gate_up_proj[0].chunk(2)[1]
+        places = [int((up_FD == row).all(1).nonzero()) for row in kept_KD]
+        assert places == sorted(places)
+
+
 @pytest.mark.parametrize("case", [Case("gpt2", {}), LLAMA], ids=str)
 def test_saves_and_loads(case, tmp_path):
     dense = dense_model(case)

@@ -129,6 +129,27 @@ def test_fit_beats_random_choices():
     assert fitted < 0.7 * min(dealt)
 
 
+def test_steps_find_what_single_blocks_do_not_tell():
+    """Blocks of a pair nearly cancel: their own energy says keep, their Gram says drop both."""
+    width, num_experts, neurons = 32, 8, 6
+    torch.manual_seed(1)
+    experts = GatedExperts(width, num_experts, neurons, ExpertsConfig())
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_()
+        experts.gate_up_proj[1::2] = experts.gate_up_proj[::2]
+        experts.down_proj[1::2] = -0.7 * experts.down_proj[::2]
+    h_TD = torch.randn(3000, width)
+    options = SigmoidThresholdConfig(bias=True, value="one", normalize="none")
+    errors = [
+        fit_router(
+            SigmoidThreshold(width, num_experts, options), experts, h_TD, 0.5, steps=steps, seed=0
+        ).error()
+        for steps in (1, 200)
+    ]
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_fit_is_reproducible():
     h_TD = torch.randn(T, D)
     routers = [make_router(), make_router()]

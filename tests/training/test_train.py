@@ -1,21 +1,24 @@
 """Training as a whole: what trains, what is logged, the budget, and resuming to the bit."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from calibration_cases import BLOCK, LLAMA, Killed, Watch, make_text
-from model_cases import dense_model, same_state
+from model_cases import Case, converted, dense_model, random_ids, same_state
 
 from moesaic._errors import InputError
 from moesaic.conversion.dsmoe import DSMoE, convert_dsmoe
+from moesaic.nn.layer import moe_layers
 from moesaic.training import TrainConfig, train
 from moesaic.training.run import METRICS, clean
+from moesaic.training.teacher import teacher_logits
 
 
-def start():
+def start(case=LLAMA):
     config = DSMoE(experts=4, init="open", partition="contiguous", sparse_coef=0.1)
-    return convert_dsmoe(dense_model(LLAMA), None, config)[0]
+    return convert_dsmoe(dense_model(case), None, config)[0]
 
 
 def settings(**options):
@@ -159,3 +162,67 @@ def test_resuming_takes_up_all_that_trained(trains, stop_after, tmp_path):
     again, same = train(start(), make_text(), settings(trains=trains), tmp_path / "cut")
     assert same == results
     same_state(again, whole)
+    assert again.config.moesaic == whole.config.moesaic, "coefficient and threshold too"
+
+
+@pytest.mark.parametrize("trains", ["routers", "ffn", "everything", "lora"])
+def test_the_teacher_stays_the_dense_parent_all_through(trains, tmp_path, monkeypatch):
+    ids = random_ids()
+    asked = []
+
+    def watched(teacher, **inputs):
+        logits = teacher_logits(teacher, **inputs)
+        asked.append(teacher_logits(teacher, input_ids=ids))
+        return logits
+
+    monkeypatch.setattr("moesaic.training.trainer.teacher_logits", watched)
+    rates = {"learning_rate": 0.1, "router_learning_rate": 0.1}
+    train(start(), make_text(), settings(trains=trains, **rates), tmp_path)
+    with torch.no_grad():
+        want = dense_model(LLAMA)(ids).logits
+    assert len(asked) == 4
+    for logits in asked:
+        torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_fit_the_transposed_layers_of_gpt2(tmp_path):
+    case = Case("gpt2", {})
+    before = {name: p.clone() for name, p in start(case).state_dict().items()}
+    model, _ = train(start(case), make_text(), settings(trains="lora"), tmp_path)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    kinds = {name.split(".")[-2] for name in changed}
+    assert kinds == {"router", "c_attn", "c_proj"}
+    assert not any(".experts." in name for name in changed)
+
+
+def test_a_budget_is_refused_before_training_where_it_cannot_be_met(tmp_path):
+    losses = {"sparsity": {"coef": 0.1}}
+    model = converted(LLAMA, losses=losses, router="topk-softmax", router_options={})
+    with pytest.raises(InputError, match="layer 0 has topk-softmax; set active to 0"):
+        train(model, make_text(), settings(), tmp_path)
+    model = start()
+    moe_layers(model)[1].router = None
+    with pytest.raises(InputError, match="layer 1 has no router; set active to 0"):
+        train(model, make_text(), settings(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_active_fractions_are_told_by_domain(tmp_path):
+    text = make_text()
+    names = ("even", "odd")
+    text = dataclasses.replace(text, domains=names, domain_N=(text.document_N % 2).astype("int16"))
+    _, results = train(start(), text, settings(router_learning_rate=0.1, steps=6), tmp_path)
+    seen = set()
+    for line in results["log"]:
+        told = line["active_per_domain"]
+        seen |= told.keys()
+        assert told.keys() <= set(names)
+        assert line["active"] == pytest.approx(
+            sum(line["active_per_layer"]) / len(line["active_per_layer"]), abs=1e-4
+        )
+        # Two blocks a step: one of each domain, or two of one.
+        assert line["active"] == pytest.approx(sum(told.values()) / len(told), abs=1e-4)
+    assert seen == set(names)
+    assert any(len(set(line["active_per_domain"].values())) == 2 for line in results["log"])

@@ -79,20 +79,26 @@ def open_stats(directory: Path) -> CalibrationStats:
     """Open statistics that `calibrate` finished.
 
     Raises:
-        CheckpointError: If the directory holds none, or not all layers.
+        CheckpointError: If the directory holds none, not all layers, or a damaged record.
     """
     path = directory / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, so {directory} holds no finished calibration")
     record = read_json(path)
-    stats = CalibrationStats(
-        directory=directory,
-        num_layers=record["num_layers"],
-        num_tokens=record["num_tokens"],
-        collectors=tuple(record["collectors"]),
-        text=record["text"],
-        sensitivity=tuple(record["sensitivity"]),
-    )
+    try:
+        stats = CalibrationStats(
+            directory=directory,
+            num_layers=int(record["num_layers"]),
+            num_tokens=int(record["num_tokens"]),
+            collectors=tuple(record["collectors"]),
+            text=record["text"],
+            sensitivity=tuple(record["sensitivity"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} was edited or is of another version ({error!r}); delete {directory} and "
+            "calibrate again"
+        ) from error
     for index in range(stats.num_layers):
         if not layer_file(directory, index).is_file():
             raise CheckpointError(

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesaic._errors import InputError
@@ -55,9 +55,30 @@ def active_fraction(routings: Iterable[Routing], mask_T: Tensor | None = None) -
     return fractions
 
 
+def sigmoid_routers(model: nn.Module) -> list[SigmoidThreshold]:
+    """Routers of all layers, which a budget can act on.
+
+    Raises:
+        InputError: If a layer has another router, or none.
+    """
+    routers = []
+    for index, layer in enumerate(moe_layers(model)):
+        if not isinstance(layer.router, SigmoidThreshold):
+            kind = layer.config.router if layer.router is not None else "no router"
+            raise InputError(
+                f"a budget needs sigmoid routers in every layer, layer {index} has {kind}; set "
+                "active to 0"
+            )
+        routers.append(layer.router)
+    return routers
+
+
 @torch.no_grad()
 def settle_threshold(model: PreTrainedModel, ids_NS: Tensor, active: float) -> float:
     """Move the threshold of all layers to where the mean active fraction is what was asked for.
+
+    Gates equal to the last that is on stay on too: a budget missed is seen in every report, a
+    network with all gates off is not a model.
 
     Args:
         model: A DSMoE whose layers have equally many equally wide experts.
@@ -70,7 +91,7 @@ def settle_threshold(model: PreTrainedModel, ids_NS: Tensor, active: float) -> f
     Raises:
         InputError: If a layer has no sigmoid router.
     """
-    routers = [layer.router for layer in moe_layers(model)]
+    routers = sigmoid_routers(model)
     scores: list[Tensor] = []
     was_training = model.training
     model.eval()
@@ -84,13 +105,17 @@ def settle_threshold(model: PreTrainedModel, ids_NS: Tensor, active: float) -> f
         all_scores = torch.cat(scores)
         if all_scores.numel() > _MAX_SCORES:
             all_scores = all_scores[:: math.ceil(all_scores.numel() / _MAX_SCORES)]
-        rank = min(all_scores.numel(), max(1, round((1 - active) * all_scores.numel())))
-        threshold = float(all_scores.kthvalue(rank).values.sigmoid())
+        threshold = _threshold(all_scores.sigmoid(), active)
         for router in routers:
-            if not isinstance(router, SigmoidThreshold):
-                raise InputError("a budget needs sigmoid routers in every layer; set active to 0")
             router.threshold = threshold
     for layer in model.config.moesaic["layers"]:
         layer["router_options"]["threshold"] = threshold
     model.train(was_training)
     return threshold
+
+
+def _threshold(gates: Tensor, active: float) -> float:
+    """The largest number that at least a fraction `active` of gates exceeds; it is below one."""
+    num_off = round((1 - active) * gates.numel())
+    last_on = gates.kthvalue(min(num_off + 1, gates.numel())).values
+    return float(last_on.nextafter(torch.zeros_like(last_on)))

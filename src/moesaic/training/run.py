@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 from moesaic._config import to_plain
 from moesaic._errors import InputError
@@ -18,7 +19,7 @@ from moesaic._progress import SILENT, Progress
 from moesaic.data.blocks import TokenBlocks
 from moesaic.models.checkpoint import fingerprint
 from moesaic.nn.layer import moe_layers
-from moesaic.training.budget import BudgetControl, settle_threshold
+from moesaic.training.budget import BudgetControl, settle_threshold, sigmoid_routers
 from moesaic.training.config import TrainConfig
 from moesaic.training.teacher import dense_teacher
 from moesaic.training.trainer import BlockDataset, DistillTrainer, StepRecorder
@@ -67,6 +68,8 @@ def train(
     terms: dict[str, Any] = getattr(model, "loss_terms", {})
     if config.active > 0 and "sparsity" not in terms:
         raise InputError("a budget needs the sparsity loss; convert with sparse_coef, or active 0")
+    if config.active > 0:
+        sigmoid_routers(model)
     _claim(
         directory,
         {"settings": to_plain(config), "text": text.fingerprint(), "model": fingerprint(model)},
@@ -97,6 +100,7 @@ def train(
         if last is not None and _step_of(Path(last)) >= steps:
             # The Trainer would do one step more.
             trainer.take_up(last)
+            recorder.take_up(TrainerState.load_from_json(str(Path(last) / _WHOLE)))
             stage.advance(steps * step_tokens)
         else:
             trainer.train(resume_from_checkpoint=last)
@@ -143,11 +147,19 @@ def _with_adapters(model: PreTrainedModel, config: TrainConfig) -> Any:
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module) not in inside and module is not head
+        if isinstance(module, (nn.Linear, Conv1D))
+        and id(module) not in inside
+        and module is not head
     ]
+    transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
     wrapped = get_peft_model(
         model,
-        LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=targets),
+        LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=2 * config.lora_rank,
+            target_modules=targets,
+            fan_in_fan_out=transposed,
+        ),
     )
     for layer in moe_layers(model):
         if layer.router is not None:

@@ -217,10 +217,8 @@ class StepRecorder(TrainerCallback, ExportableState):
         integral = 0.0 if self.control is None else self.control.integral
         return {"args": {}, "attributes": {"coef": self.coef, "integral": integral}}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take up the state of the checkpoint and drop the metrics written after it."""
+    def take_up(self, state: TrainerState) -> None:
+        """Set the coefficient and its control to what a checkpoint kept, if there is one."""
         callbacks: Any = state.stateful_callbacks
         saved = callbacks.get("StepRecorder") if state.global_step else None
         if isinstance(saved, dict):
@@ -228,6 +226,12 @@ class StepRecorder(TrainerCallback, ExportableState):
             if self.control is not None:
                 self.control.integral = saved["attributes"]["integral"]
                 self._set_coef()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the state of the checkpoint and drop the metrics written after it."""
+        self.take_up(state)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         # One line a step, from the first; what follows, perhaps cut in a line, is done again.
         kept = lines[: state.global_step]
