@@ -2,17 +2,25 @@
 
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
 from recipe_cases import write_model, write_recipe, write_text
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from moesaic.cli import doctor
 from moesaic.cli import main as main_file
 from moesaic.cli.main import COMMANDS, main
 from moesaic.models import load
+from moesaic.models.checkpoint import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +62,9 @@ def test_help_tells_every_command(capsys):
     assert "did you mean convert" in fails_after_clear(capsys, ["convrt"])
 
 
-def fails_after_clear(capsys, argv):
+def fails_after_clear(capsys, argv, code=2):
     capsys.readouterr()
-    return fails(capsys, argv)
+    return fails(capsys, argv, code)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -103,6 +111,130 @@ def test_convert_train_generate(root, capsys):
     assert "exists; delete it" in fails_after_clear(capsys, ["convert", dense, mosaic])
 
 
+def test_settings_of_a_method_are_options(root, capsys):
+    out = root / "options"
+    argv = ["convert", str(root / "dense"), str(out), "--preset=paper", "--router.threshold", "0.4"]
+    assert main([*argv, "--experts", "6", "--set", "experts=4", "--set", "seed=3"]) == 0
+    capsys.readouterr()
+    config = read_manifest(out)["steps"][0]["config"]
+    # The path wins over the option, the option over the preset, and no --set is lost.
+    assert (config["experts"], config["seed"], config["partition"]) == (4, 3, "contiguous")
+    assert config["router"]["threshold"] == 0.4
+    assert config["router"]["normalize"] == "count"
+
+
+def test_lists_that_are_repeated_add_up(root, capsys):
+    argv = ["run", str(write_recipe(root)), "--dry-run", "--json"]
+    assert main([*argv, "--set", f"output={root / 'z'}", "--set=train.tokens=64"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["output"], facts["train_tokens"]) == (str(root / "z"), 64)
+
+
+def test_a_command_needs_its_arguments(capsys):
+    line = fails(capsys, ["convert", "somewhere"])
+    assert "Missing from moesaic convert: PATH Directory of the checkpoint" in line
+
+
+def kill_at(argv, file):
+    """Run a command until a file appears, and kill it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moesaic.cli.main", *argv],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and not file.exists():
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the command was over before it could be killed"
+
+
+def same_weights(a, b):
+    left, right = (load_file(path / "model.safetensors") for path in (a, b))
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.equal(right[name]), name
+
+
+@pytest.mark.parametrize("moment", ["calibration/layer_000", "01-convert/layers/layer_000"])
+def test_killed_convert_ends_the_same(moment, root, tmp_path, capsys):
+    text = ["--data.sources", f"notes={root / 'text'}", "--data.block", "32"]
+    rest = ["--experts", "4", "--fit-steps", "3", "--calibration.tokens", "128", *text]
+    if not (root / "undisturbed").exists():
+        assert main(["convert", str(root / "dense"), str(root / "undisturbed"), *rest]) == 0
+    argv = ["convert", str(root / "dense"), str(tmp_path / "out"), *rest]
+    kill_at(argv, tmp_path / "out.partial" / f"{moment}.safetensors")
+    assert main(argv) == 0
+    same_weights(tmp_path / "out", root / "undisturbed")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_train_ends_the_same(root, tmp_path, capsys):
+    start = root / "start"
+    argv = ["convert", str(root / "dense"), str(start), "--init", "open", "--experts", "4"]
+    assert main([*argv, "--partition", "weights"]) == 0
+    text = ["--data.sources", f"notes={root / 'text'}", "--data.block", "32"]
+    rest = ["--train.tokens", "256", "--train.checkpoint-every", "2", *text]
+    assert main(["train", str(start), str(tmp_path / "whole"), *rest]) == 0
+    argv = ["train", str(start), str(tmp_path / "out"), *rest]
+    checkpoint = tmp_path / "out.partial" / "train" / "checkpoint-2"
+    kill_at(argv, checkpoint / "trainer_state.json")
+    other = ["train", str(start), str(tmp_path / "out"), *rest, "--train.seed", "1"]
+    assert "another training.train.seed (0, not 1)" in fails_after_clear(capsys, other)
+    assert main(argv) == 0
+    same_weights(tmp_path / "out", tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_commands_cut_after_their_result_only_tidy_up(root, tmp_path, capsys, monkeypatch):
+    rest = ["--preset", "paper", "--experts", "4"]
+    convert = ["convert", str(root / "dense"), str(tmp_path / "a"), *rest]
+    text = ["--data.sources", f"notes={root / 'text'}", "--data.block", "32"]
+    train = ["train", str(tmp_path / "a"), str(tmp_path / "b"), "--train.tokens", "64", *text]
+    train += ["--train.active", "0"]
+    for module, argv in (("_method", convert), ("train", train)):
+        with monkeypatch.context() as patch:
+
+            def cut(path, **_):
+                raise KeyboardInterrupt
+
+            patch.setattr(f"moesaic.cli.{module}.shutil", SimpleNamespace(rmtree=cut))
+            assert "the same command goes on" in fails_after_clear(capsys, argv, 130)
+        assert main([*argv, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["output"] == argv[2]
+        assert not list(tmp_path.glob("*.partial"))
+        assert "exists; delete it" in fails_after_clear(capsys, argv)
+
+
+def test_train_is_checked_first(root, tmp_path, capsys, monkeypatch):
+    argv = ["convert", str(root / "dense"), str(tmp_path / "m"), "--preset=paper", "--experts=4"]
+    assert main(argv) == 0
+    monkeypatch.setattr("moesaic.cli.train.load", lambda *a, **k: pytest.fail("a model was loaded"))
+    argv = ["train", str(tmp_path / "m"), str(tmp_path / "t"), "--data.block", "32"]
+    line = fails_after_clear(capsys, [*argv, "--train.tokens", "16"])
+    assert "train.tokens must be at least one step of 32, got 16" in line
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    line = fails(capsys, [*argv, "--train.trains", "lora"])
+    assert "train.trains lora needs peft, which is not installed; pip install" in line
+
+
+def test_eval_reads_text_before_models(root, tmp_path, capsys, monkeypatch):
+    argv = ["convert", str(root / "dense"), str(tmp_path / "m"), "--preset=paper", "--experts=4"]
+    assert main(argv) == 0
+    monkeypatch.setattr(
+        "moesaic.cli.eval.load_dense", lambda *a, **k: pytest.fail("a model was loaded")
+    )
+    argv = ["eval", str(root / "dense"), str(tmp_path / "m"), "--output", str(tmp_path / "r.json")]
+    line = fails_after_clear(capsys, [*argv, "--data.sources", "nowhere.txt"])
+    assert "nowhere.txt" in line
+
+
+def test_generate_says_what_it_lacks(root, capsys):
+    dense = str(root / "dense")
+    assert "no chat template" in fails(capsys, ["generate", dense, "--prompt", "x", "--chat"])
+    assert "prompt must not be empty" in fails(capsys, ["generate", dense, "--prompt", ""])
+
+
 def test_paper_preset_needs_no_text(root, capsys):
     out = root / "paper"
     argv = ["convert", str(root / "dense"), str(out), "--preset", "paper", "--set", "experts=4"]
@@ -142,6 +274,18 @@ def test_dry_run_writes_nothing(root, capsys):
         (["--data.sources", "EMPTY"], "empty"),
         (["--data.sources", "BINARY"], "not UTF-8 text"),
         (["--data.sources", "builtin:dcos"], "did you mean docs"),
+        (["--experts", "7"], "experts=7 does not divide the FFN width"),
+        (["--active", "1.5"], "active must be in (0, 1], got 1.5"),
+        (["--partition", "contigous"], "did you mean contiguous"),
+        (["--exprts", "4"], "option '--exprts' is unknown; did you mean --experts"),
+        (["--init", "opn"], "invalid choice 'opn'"),
+        (["--data.block", "many"], "--data.block: invalid literal for int() with base 10: 'many'"),
+        (["--data.block", "1024"], "data.block must be at most the 512 positions of the model"),
+        (["--method"], "Missing value for argument '--method'"),
+        (["more"], "has no use for 'more'"),
+        (["--set", "experts=4", "--set", "seed=-1"], "seed must be at least 0, got -1"),
+        (["--set", "router=1", "router.bias=true"], "does not lead to an option"),
+        (["--data.block", "32", "--calibration.tokens", "16"], "at least one block of 32, got 16"),
     ],
 )
 def test_bad_input_is_one_sentence_and_loads_no_model(argv, message, root, capsys, monkeypatch):
@@ -152,7 +296,7 @@ def test_bad_input_is_one_sentence_and_loads_no_model(argv, message, root, capsy
     monkeypatch.setattr(
         "moesaic.recipes.run.load_dense", lambda *a, **k: pytest.fail("a model was loaded")
     )
-    if "--set" not in argv:
+    if "--set" not in argv and "--experts" not in argv:
         argv += ["--set", "experts=4"]
     assert message in fails(capsys, ["convert", str(root / "dense"), str(root / "bad"), *argv])
     assert not (root / "bad.partial").exists()
@@ -196,7 +340,8 @@ def test_full_disk_is_said_before_any_work(root, capsys, monkeypatch, tmp_path):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: x"), 1, "out of memory; lower"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . x"), 1, "free some space"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of memory; lower"),
-        (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "the disk is full"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "the disk is full (x)"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 1, "the disk is"),
         (KeyboardInterrupt(), 130, "the same command goes on"),
     ],
 )
@@ -208,13 +353,14 @@ def test_failures_that_are_not_bugs_have_a_sentence(error, code, message, capsys
     assert message in fails(capsys, ["doctor"], code)
 
 
-def test_bugs_keep_their_traceback(monkeypatch):
+def test_bugs_keep_their_traceback(capsys, monkeypatch):
     def raises(name):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(main_file.importlib, "import_module", raises)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["doctor"])
+    assert "moesaic doctor may tell" in capsys.readouterr().err
 
 
 def test_doctor(capsys):
@@ -253,3 +399,16 @@ def test_wrong_tasks_are_refused_before_a_model_is_loaded(root, capsys, monkeypa
     dense, record = str(root / "dense"), str(root / "tasks.json")
     argv = ["eval", dense, "--output", record, "--tasks", str(root / "none.jsonl")]
     assert "none.jsonl" in fails(capsys, argv)
+
+
+def test_doctor_names_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr("moesaic.cli.doctor.requires", lambda name: ["nopackage>=1", "torch>=2"])
+    assert main(["doctor", "--json"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["missing"] == ["nopackage"]
+    assert facts["remedy"] == "pip install nopackage"
+
+
+def test_doctor_marks_versions_that_are_not_tested(capsys, monkeypatch):
+    monkeypatch.setitem(doctor._TESTED, "torch", ("1.0", "1.13"))
+    assert "NOT tested, only 1.0 to 1.13" in doctor.examine()["torch"]

@@ -16,6 +16,7 @@ from moesaic._errors import InputError
 from moesaic._files import read_json
 from moesaic.models import load
 from moesaic.recipes import plan, read_recipe, run_recipe
+from moesaic.recipes.claim import held
 from moesaic.recipes.run import Run
 
 
@@ -147,6 +148,16 @@ BROKEN = {
         lambda v: v["data"].update(sources=["nowhere/at.txt"]),
         "nowhere/at.txt",
     ),
+    "train tokens": (
+        lambda v: v["steps"][2]["train"].update(tokens=32),
+        "train.tokens must be at least one step of 64, got 32",
+    ),
+    "speed": (
+        lambda v: v["steps"][3]["evaluate"].update(
+            measure_speed=True, speed={"prefill_tokens": 600}
+        ),
+        "evaluate.speed.prefill_tokens must be at most the 512 positions",
+    ),
     "missing model": (lambda v: v.update(model="./nowhere"), "model directory ./nowhere does not"),
 }
 
@@ -163,6 +174,86 @@ def test_a_wrong_recipe_is_refused_before_any_work(name, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=message):
         run_recipe(read_recipe(path))
     assert not (tmp_path / "run").exists()
+
+
+def test_too_much_calibration_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    path = write_recipe(tmp_path)
+    monkeypatch.setattr(
+        "moesaic.recipes.run.load_dense", lambda *a, **k: pytest.fail("a model was loaded")
+    )
+    with pytest.raises(InputError, match=r"calibration.tokens is 1000000, the text has \d+"):
+        run_recipe(read_recipe(path, ["calibration.tokens=1000000"]))
+    monkeypatch.undo()
+    # Nothing was finished, so the corrected recipe may have the directory.
+    recipe = read_recipe(path, ["steps=[{convert: {experts: 4, fit_steps: 3}}]"])
+    assert run_recipe(recipe)["model"].endswith("01-convert/model")
+
+
+def test_what_a_killed_writer_left_is_no_obstacle(tmp_path):
+    path = write_recipe(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.json.1.tmp").write_text("{")
+    recipe = read_recipe(path, ["steps=[{convert: {experts: 4, preset: paper}}]"])
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty and holds no run"):
+        run_recipe(recipe)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".run.json.1.tmp", "mine.txt"}
+    (tmp_path / "run" / "mine.txt").unlink()
+    run_recipe(recipe)
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_a_directory_serves_one_process(tmp_path):
+    path = write_recipe(tmp_path)
+    (tmp_path / "run").mkdir()
+    with held(tmp_path / "run"), pytest.raises(InputError, match="another process works in"):
+        run_recipe(read_recipe(path))
+
+
+def test_a_run_cut_while_it_tidied_up_ends_the_same(tmp_path):
+    recipe = read_recipe(write_recipe(tmp_path))
+    result = run_recipe(recipe)
+    before = weights(tmp_path)
+    for step in ("03-train", "04-evaluate"):
+        (tmp_path / "run" / step / "done.json").unlink()
+    # Half a checkpoint, as a cut deletion leaves it.
+    half = tmp_path / "run" / "03-train" / "training" / "checkpoint-4"
+    half.mkdir()
+    (half / "optimizer.pt").write_bytes(b"")
+    assert run_recipe(recipe) == result
+    assert all(tensor.equal(before[name]) for name, tensor in weights(tmp_path).items())
+    assert not list((tmp_path / "run").rglob("*checkpoint-*"))
+
+
+def test_overrides_by_step_and_place(tmp_path):
+    values = recipe_values(tmp_path)
+    values["steps"].insert(3, {"train": {"tokens": 64}})
+    path = write_recipe(tmp_path, values)
+    with pytest.raises(InputError, match=r"may mean 2 steps; say which with steps.2.train or"):
+        read_recipe(path, ["train.tokens=64"])
+    recipe = read_recipe(
+        path,
+        [
+            "steps.3.train.learning_rate=1e-4",
+            "convert.router.threshold=0.4",
+            f"data.sources.0=x={tmp_path / 'text'}",
+        ],
+    )
+    assert recipe.steps[3].config.learning_rate == 1e-4
+    assert recipe.steps[0].config.router.threshold == 0.4
+    assert recipe.data.sources == (f"x={tmp_path / 'text'}",)
+    with pytest.raises(InputError, match="names 'train', which the recipe does not have"):
+        read_recipe(path, ["steps=[convert]", "train.tokens=64"])
+
+
+def test_yaml_is_read_as_it_is_meant(tmp_path):
+    path = tmp_path / "r.yaml"
+    text = "model: a\noutput: b\nsteps:\n- convert\n- train: {learning_rate: 1e-4}\n"
+    path.write_text(text)
+    assert read_recipe(path).steps[1].config.learning_rate == 1e-4
+    path.write_text(text + "model: c\n")
+    with pytest.raises(InputError, match="the option 'model' stands a second time in line 6"):
+        read_recipe(path)
 
 
 def test_a_recipe_that_is_no_yaml(tmp_path):

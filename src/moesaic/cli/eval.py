@@ -15,7 +15,7 @@ from moesaic.cli._common import parse, quiet_libraries, show, show_table
 from moesaic.cli._progress import TerminalProgress
 from moesaic.data import DataConfig, prepare
 from moesaic.evaluation import EvaluationConfig, Subject, check_tasks, evaluate, evaluate_tasks
-from moesaic.models.checkpoint import load, load_dense, load_tokenizer, read_manifest
+from moesaic.models.checkpoint import load, load_dense, load_tokenizer, verify_files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,20 +45,21 @@ def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parse(Options, argv, "eval")
     quiet_libraries()
-    manifests = {path: read_manifest(path) for path in options.models}
+    manifests = {path: verify_files(path) for path in options.models}
     if len({path.name for path in options.models}) < len(options.models):
         raise InputError("models must differ in the name of their directory; rename one")
     if options.tasks:
         check_tasks(options.tasks)
     tokenizer = load_tokenizer(options.dense)
+    with TerminalProgress() as progress:
+        text = prepare(options.data, tokenizer, progress=progress).heldout
     subjects = {"dense": Subject(load_dense(options.dense), "dense", options.dense)}
     for path, manifest in manifests.items():
         step = manifest["steps"][0]["step"] if manifest["steps"] else ""
         kind = "static-pruning" if step.startswith("compress") else step.rpartition(" ")[2]
-        subjects[path.name] = Subject(load(path), kind or "unknown", str(path))
+        subjects[path.name] = Subject(load(path, verify=False), kind or "unknown", str(path))
     manifest = next(reversed(manifests.values()), {})
     with TerminalProgress() as progress:
-        text = prepare(options.data, tokenizer, progress=progress).heldout
         record = evaluate(
             subjects, text, tokenizer, options.evaluation, progress, manifest=manifest
         )

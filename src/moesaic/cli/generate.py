@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
     converted = read_config(options.model).model_type.startswith("moesaic_")
     ours = converted or (Path(options.model) / MANIFEST).is_file()
     tokenizer = load_tokenizer(options.model)
-    if options.chat and not tokenizer.chat_template:
+    if options.chat and not getattr(tokenizer, "chat_template", None):
         raise InputError(f"the tokenizer of {options.model} has no chat template; leave out --chat")
     model = load(options.model) if ours and converted else load_dense(options.model)
     from transformers import TextStreamer
@@ -59,7 +59,9 @@ def run(argv: Sequence[str]) -> int:
         )
     else:
         inputs = tokenizer(options.prompt, return_tensors="pt")
-    streamer = None if options.json else TextStreamer(tokenizer, skip_prompt=True)
+    streamer = None
+    if not options.json:
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids_BS: Any = model.generate(  # type: ignore[operator]
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],

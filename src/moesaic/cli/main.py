@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import TextIO
 
 from moesaic._errors import MoesaicError, UnknownNameError
 from moesaic._registry import unknown_name
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(version("moesaic"))
         return 0
     name, *rest = arguments
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Stderr()])
     logging.getLogger("moesaic").setLevel(logging.INFO)
     try:
         if name not in COMMANDS:
@@ -65,19 +66,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "pip install" not in str(error):
             raise
         return _fail(str(error), 1)
-    except MemoryError:
-        return _fail(_OUT_OF_MEMORY, 1)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if (message := _outside(error)) is None:
+            _fail("this is a bug or a broken installation; moesaic doctor may tell which", 1)
             raise
-        return _fail(f"the disk is full ({error.filename}); free some space and run again", 1)
-    except RuntimeError as error:
-        # torch has no class of its own for memory on the CPU, nor for a file it cannot write.
-        if any(sign in str(error) for sign in _MEMORY_SIGNS):
-            return _fail(_OUT_OF_MEMORY, 1)
-        if any(sign in str(error) for sign in _WRITE_SIGNS):
-            return _fail(_NOT_WRITTEN, 1)
-        raise
+        return _fail(message, 1)
+
+
+def _outside(error: Exception) -> str | None:
+    """Say what to do about a failure whose reason is the machine; nothing about others."""
+    text = str(error)
+    torchs = isinstance(error, RuntimeError)
+    # torch has no class of its own for memory on the CPU, nor for a file it cannot write.
+    if isinstance(error, MemoryError) or (torchs and any(sign in text for sign in _MEMORY_SIGNS)):
+        return _OUT_OF_MEMORY
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    # safetensors has an error of its own, with the words of the system in it.
+    if full or "No space left on device" in text:
+        name = getattr(error, "filename", None)
+        return f"the disk is full{f' ({name})' if name else ''}; free some space and run again"
+    if torchs and any(sign in text for sign in _WRITE_SIGNS):
+        return _NOT_WRITTEN
+    return None
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Logs to what is stderr now: progress bars stand in for it while they are drawn."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """Where lines go."""
+        return sys.stderr
 
 
 _OUT_OF_MEMORY = (

@@ -6,15 +6,19 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from moesaic._config import to_plain
 from moesaic._errors import InputError
+from moesaic._files import read_json, write_json
 from moesaic.cli._common import parse, quiet_libraries, show
 from moesaic.cli._progress import TerminalProgress
-from moesaic.data import DataConfig, prepare
-from moesaic.models.checkpoint import add_step, load, load_tokenizer, read_manifest, save
+from moesaic.data import DataConfig, load_documents, prepare
+from moesaic.models.checkpoint import add_step, load, load_tokenizer, save, verify_files
+from moesaic.recipes.claim import claim, held, holds_run
+from moesaic.recipes.plan import check_train
 from moesaic.training import TrainConfig, train
 
 
@@ -43,26 +47,51 @@ def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parse(Options, argv, "train")
     quiet_libraries()
-    if options.output.exists():
-        raise InputError(f"output {options.output} exists; delete it or choose another")
-    manifest = read_manifest(options.model)
-    tokenizer = load_tokenizer(str(options.model))
+    manifest = verify_files(options.model)
+    check_train(options.train, options.data.block)
+    resolved = {
+        "model": {name: entry["sha256"] for name, entry in manifest["files"].items()},
+        "train": to_plain(options.train),
+        "data": to_plain(options.data),
+    }
     work = options.output.with_name(f"{options.output.name}.partial")
-    if options.dry_run:
-        facts = {"model": str(options.model), "output": str(options.output)}
-        show({**facts, "tokens": options.train.tokens}, as_json=options.json)
+    if options.output.exists():
+        # An earlier run may have been cut between its last two acts.
+        if not (work / "saved.json").is_file() or not holds_run(work, resolved):
+            raise InputError(f"output {options.output} exists; delete it or choose another")
+        results = read_json(work / "saved.json")
+    elif options.dry_run:
+        documents = load_documents(options.data)
+        facts = {
+            "model": str(options.model),
+            "output": str(options.output),
+            "documents": len(documents),
+            "tokens": options.train.tokens,
+        }
+        show(facts, as_json=options.json)
         return 0
+    else:
+        with held(work):
+            claim(work, resolved, "training")
+            results = _train(options, manifest, work)
+    shutil.rmtree(work)
+    show({"output": str(options.output), **results}, as_json=options.json)
+    return 0
+
+
+def _train(options: Options, manifest: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Train, save, and return what to show."""
+    tokenizer = load_tokenizer(str(options.model))
     with TerminalProgress() as progress:
         text = prepare(options.data, tokenizer, work / "data", progress=progress).train
         model, results = train(load(options.model), text, options.train, work / "train", progress)
     log = results.pop("log")
+    shown = {**results, **{name: log[-1][name] for name in ("loss", "active")}}
+    write_json(work / "saved.json", shown)
     save(
         model,
         options.output,
         add_step(manifest, "train", to_plain(options.train), results),
         tokenizer,
     )
-    shutil.rmtree(work)
-    last = {name: log[-1][name] for name in ("loss", "active")}
-    show({"output": str(options.output), **results, **last}, as_json=options.json)
-    return 0
+    return shown

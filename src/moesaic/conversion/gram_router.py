@@ -2,9 +2,12 @@
 
 Ours. With block outputs o_i and y = sum o_i, replacing y by sum w_i o_i leaves the error
 (w - 1)^T G (w - 1) with G_ij = <o_i, o_j>: an E x E matrix per token, computed once. The router
-then trains on G alone, through its own straight-through estimator, in seconds. Its scores are
-shifted at every step so that the requested fraction of gates is on, so the error alone decides
-which; inputs are whitened, because a few directions of them carry most of their variance.
+then trains on G alone, in seconds: with the other gates as they are, block i on saves
+b_i = G_ii + 2 sum over the blocks j that are off of G_ij, and gates earn what their block saves
+less a price. Price and shift of the scores are set at every step so that the requested fraction
+is on. The straight-through gradient would leave G_ii out of what an open gate saves: it lets the
+error grow from where the fit starts. Inputs are whitened, because a few directions of them carry
+most of their variance.
 
 Shapes: T tokens, D model width, E experts.
 """
@@ -28,7 +31,7 @@ FRACTIONS = tuple(round(0.05 * step, 2) for step in range(2, 21))
 _MAX_GRAM = 1 << 26
 _CHUNK = 256
 _BATCH = 512
-_LEARNING_RATE = 1e-2
+_LEARNING_RATE = 3e-3
 # Part of the tokens that sets the final shift and measures the fit.
 _HELD = 0.25
 
@@ -109,18 +112,17 @@ def fit_router(
     bias_E.requires_grad_()
     optimizer = torch.optim.Adam([weight_ED, bias_E], lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    was_training = router.training
-    router.train()
     for _ in range(steps):
         batch = torch.randint(num_train, (min(_BATCH, num_train),), generator=generator)
         scores_TE = x_TD[batch] @ weight_ED.T + bias_E
         scores_TE = scores_TE - _shift(scores_TE.detach(), active, router.threshold)
-        error = gram_error(gram_TEE[batch], router.decide(scores_TE).weights_TK)
+        gates_TE = scores_TE.sigmoid()
+        saved_TE = _savings(gram_TEE[batch], gates_TE > router.threshold)
+        price = _cut(saved_TE, active)
         optimizer.zero_grad()
-        error.backward()
+        ((price - saved_TE) * gates_TE).sum(1).mean().backward()
         optimizer.step()
         schedule.step()
-    router.train(was_training)
 
     with torch.no_grad():
         held = slice(num_train, None) if num_train < len(order) else slice(None)
@@ -150,6 +152,15 @@ def gram_error(gram_TEE: Tensor, weights_TE: Tensor) -> Tensor:
     return (product_TE * gap_TE).sum(1).mean()
 
 
+@torch.no_grad()
+def _savings(gram_TEE: Tensor, on_TE: Tensor) -> Tensor:
+    """How much lower the error is with a block on than off, the others as they are, [T, E]."""
+    off_TE = (~on_TE).to(gram_TEE.dtype)
+    own_TE = torch.diagonal(gram_TEE, dim1=1, dim2=2)
+    with_off_TE = torch.bmm(gram_TEE, off_TE.unsqueeze(2)).squeeze(2) - own_TE * off_TE
+    return own_TE + 2 * with_off_TE
+
+
 def _whitening(h_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and symmetric whitening matrix of the inputs; flat directions are left small."""
     mean_D = h_TD.mean(0)
@@ -172,10 +183,13 @@ def _first_guess(x_TD: Tensor, gram_TEE: Tensor) -> tuple[Tensor, Tensor]:
 
 def _shift(scores_TE: Tensor, active: float, threshold: float) -> float:
     """What to take from all scores so that a fraction `active` of gates exceeds the threshold."""
+    return _cut(scores_TE, active) - math.log(threshold / (1 - threshold))
+
+
+def _cut(values_TE: Tensor, active: float) -> float:
+    """The value that a fraction `active` of all exceeds."""
     # kthvalue, since quantile refuses large inputs.
-    rank = round((1 - active) * scores_TE.numel())
+    rank = round((1 - active) * values_TE.numel())
     if rank < 1:
-        cut = float(scores_TE.min()) - 1.0
-    else:
-        cut = float(scores_TE.flatten().kthvalue(rank).values)
-    return cut - math.log(threshold / (1 - threshold))
+        return float(values_TE.min()) - 1.0
+    return float(values_TE.flatten().kthvalue(rank).values)

@@ -17,9 +17,12 @@ from moesaic.compression._table import COMPRESSIONS
 from moesaic.conversion._table import CONVERSIONS
 from moesaic.data import DataConfig
 from moesaic.evaluation import EvaluationConfig
+from moesaic.recipes._yaml import load_yaml
 from moesaic.training.config import TrainConfig
 
 _KINDS = ("compress", "convert", "evaluate", "train")
+METHODS = {"convert": CONVERSIONS, "compress": COMPRESSIONS}
+DEFAULT_METHODS = {"convert": "dsmoe", "compress": "flap"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +104,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         path: A YAML file.
         overrides: `a.b=value` each, the value in YAML; a step goes by its kind, as in
-            `steps.train.tokens=2000`.
+            `train.tokens=2000`, or its place, as in `steps.2.train.tokens=2000`.
 
     Returns:
         The recipe, all names and values checked.
@@ -112,7 +115,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise InputError(f"recipe {path} does not exist; check the path")
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        values = load_yaml(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
@@ -167,9 +170,9 @@ def _step(item: Any, index: int) -> Step:
 
 def method_step(kind: str, options: dict[str, Any]) -> Step:
     """Build a step of a registered method; `preset` gives defaults, other options override them."""
-    table = CONVERSIONS if kind == "convert" else COMPRESSIONS
+    table = METHODS[kind]
     options = dict(options)
-    method = options.pop("method", "dsmoe" if kind == "convert" else "flap")
+    method = options.pop("method", DEFAULT_METHODS[kind])
     config_class = table.load_config(method)
     presets: dict[str, Any] = getattr(config_class, "presets", dict)()
     preset = options.pop("preset", "default" if "default" in presets else None)
@@ -196,13 +199,18 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise InputError(f"--set must be a.b=value, got {override!r}")
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"--set {path} has a value that is not YAML: {text!r}") from error
     *parents, last = path.split(".")
     target: Any = values
+    if "steps" in values and parents and parents[0] in _KINDS:
+        parents.insert(0, "steps")
     for name in parents:
         target = _child(target, name, override)
+    if isinstance(target, list) and last.isdigit() and int(last) < len(target):
+        target[int(last)] = value
+        return
     if not isinstance(target, dict):
         raise InputError(f"--set {override!r} does not lead to an option")
     target[last] = value
@@ -211,16 +219,26 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 def _child(target: Any, name: str, override: str) -> Any:
     """Go one name down; a list of steps is searched by kind or index."""
     if isinstance(target, list):
-        for index, item in enumerate(target):
-            if isinstance(item, str) and item == name:
-                target[index] = item = {item: {}}
-            if isinstance(item, dict) and name in item:
-                if item[name] is None:
-                    item[name] = {}
-                return item[name]
         if name.isdigit() and int(name) < len(target):
+            if isinstance(target[int(name)], str):
+                target[int(name)] = {target[int(name)]: {}}
             return target[int(name)]
-        raise InputError(f"--set {override!r} names {name!r}, which the recipe does not have")
+        places = [
+            index
+            for index, item in enumerate(target)
+            if item == name or (isinstance(item, dict) and name in item)
+        ]
+        if len(places) > 1:
+            raise InputError(
+                f"--set {override!r} may mean {len(places)} steps; say which with "
+                f"steps.{places[0]}.{name} or steps.{places[-1]}.{name}"
+            )
+        if not places:
+            raise InputError(f"--set {override!r} names {name!r}, which the recipe does not have")
+        item = target[places[0]]
+        if isinstance(item, str) or item[name] is None:
+            target[places[0]] = item = {name: {}}
+        return item[name]
     if not isinstance(target, dict):
         raise InputError(f"--set {override!r} does not lead to an option")
     if target.get(name) is None:

@@ -17,27 +17,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic._config import to_plain
 from moesaic._errors import InputError
-from moesaic._files import read_json, require_space, write_json
+from moesaic._files import read_json, write_json
 from moesaic._progress import SILENT, Progress
 from moesaic.analysis import write_report
 from moesaic.calibration import CalibrationStats, calibrate
-from moesaic.compression._table import COMPRESSIONS
-from moesaic.conversion._table import CONVERSIONS
-from moesaic.conversion.partition._base import validate_num_experts
-from moesaic.data import DataSplit, load_documents, prepare
+from moesaic.data import DataSplit, prepare
 from moesaic.evaluation import Subject, evaluate, fastest_dtype
 from moesaic.models.checkpoint import (
+    MANIFEST,
     add_step,
-    check_weights,
     load,
     load_dense,
     load_tokenizer,
     new_manifest,
-    read_config,
     read_manifest,
     save,
 )
-from moesaic.recipes.recipe import Recipe, Step
+from moesaic.recipes.claim import claim, held
+from moesaic.recipes.plan import plan
+from moesaic.recipes.recipe import METHODS, Recipe, Step
 from moesaic.training.run import clean, train
 
 logger = logging.getLogger(__name__)
@@ -59,23 +57,7 @@ class Run:
 
     def claim(self) -> None:
         """Make the directory ours, or refuse that of another recipe."""
-        path = self.directory / "run.json"
-        resolved = self.recipe.plain()
-        if path.is_file():
-            difference = _first_difference(read_json(path), resolved, "recipe")
-            if difference:
-                raise InputError(
-                    f"{self.directory} holds a run with another {difference}; choose another "
-                    "output or delete it"
-                )
-            return
-        # A run killed while it wrote its first file left a temporary one, which is nobody's.
-        found = self.directory.iterdir() if self.directory.exists() else ()
-        if any(not (p.name.startswith(".run.json.") and p.suffix == ".tmp") for p in found):
-            raise InputError(
-                f"output {self.directory} is not empty and holds no run; choose another"
-            )
-        write_json(path, resolved)
+        claim(self.directory, self.recipe.plain(), "recipe")
 
     def place(self, index: int) -> Path:
         """Directory of a step."""
@@ -102,7 +84,7 @@ class Run:
 
     def save_parent(self) -> None:
         """Keep the parent as it is meant here: dequantised and in one dtype."""
-        if (self.parent / "moesaic.json").is_file():
+        if (self.parent / MANIFEST).is_file():
             return
         dtype = self.recipe.dtype
         if dtype == "auto":
@@ -113,6 +95,21 @@ class Run:
             manifest = new_manifest(self.recipe.model, model)
             save(model, self.parent, manifest, load_tokenizer(self.recipe.model))
             stage.advance()
+
+    def check_text(self) -> None:
+        """Refuse, before a model is loaded, to calibrate on more text than there is."""
+        if not self.recipe.collectors() or (self.parent / MANIFEST).is_file():
+            return
+        tokenizer = load_tokenizer(self.recipe.model)
+        text = prepare(
+            self.recipe.data, tokenizer, self.directory / "data", progress=self.progress
+        ).train
+        if self.recipe.calibration.tokens > text.num_tokens:
+            raise InputError(
+                f"calibration.tokens is {self.recipe.calibration.tokens}, the text has "
+                f"{text.num_tokens}; lower calibration.tokens, raise data.max_tokens_per_domain or "
+                "give more text"
+            )
 
     def stats(self) -> CalibrationStats | None:
         """Statistics of the parent, measured once for all steps."""
@@ -131,16 +128,14 @@ class Run:
     def apply_method(self, index: int) -> None:
         """Convert or compress the parent."""
         step = self.recipe.steps[index]
-        table = CONVERSIONS if step.kind == "convert" else COMPRESSIONS
         store = self.place(index) / "layers"
-        model, results = table.load(step.method)(
+        model, results = METHODS[step.kind].load(step.method)(
             self.dense(), self.stats(), step.config, store=store, progress=self.progress
         )
         manifest = add_step(
             read_manifest(self.parent), f"{step.kind} {step.method}", to_plain(step.config), results
         )
         save(model, self.model_of(index), manifest, self.tokenizer())
-        shutil.rmtree(store, ignore_errors=True)
 
     def apply_train(self, index: int) -> None:
         """Train the converted model."""
@@ -153,7 +148,12 @@ class Run:
         manifest = add_step(read_manifest(source), "train", to_plain(step.config), shown)
         write_json(self.place(index) / "log.json", results["log"])
         save(model, self.model_of(index), manifest, self.tokenizer())
-        clean(work)
+
+    def tidy(self, index: int) -> None:
+        """Delete what only an unfinished step needs; called when it is known to be finished."""
+        shutil.rmtree(self.place(index) / "layers", ignore_errors=True)
+        if self.recipe.steps[index].kind == "train":
+            clean(self.place(index) / "training")
 
     def apply_evaluate(self, index: int) -> None:
         """Evaluate the latest model beside its parent and the baselines; write the report."""
@@ -189,44 +189,6 @@ class Run:
         write_report(record, self.directory / "report.html")
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """Check a recipe against its model and text, before anything expensive, and say what it does.
-
-    Returns:
-        Plain data: the steps, the tokens that they read, and the disk and memory that they take.
-
-    Raises:
-        InputError: If a step cannot work.
-    """
-    config = read_config(recipe.model)
-    check_weights(recipe.model)
-    width = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
-    width = width or getattr(config, "n_inner", None) or 4 * config.hidden_size
-    for step in recipe.steps:
-        if step.kind == "convert" and hasattr(step.config, "experts"):
-            validate_num_experts(width, step.config.experts)
-    reads = bool(recipe.collectors()) or any(s.kind in ("train", "evaluate") for s in recipe.steps)
-    documents = load_documents(recipe.data) if reads else ()
-    parameters = _parameters(config, width)
-    size = 2 if recipe.dtype in ("bfloat16", "float16") else 4
-    trains = any(step.kind == "train" for step in recipe.steps)
-    models = 1 + sum(step.kind != "evaluate" for step in recipe.steps)
-    disk = parameters * size * (models + (6 if trains else 0))
-    if not (recipe.output / "run.json").is_file():
-        require_space(recipe.output, disk, what="the run")
-    return {
-        "model": recipe.model,
-        "output": str(recipe.output),
-        "parameters": parameters,
-        "documents": len(documents),
-        "calibration_tokens": recipe.calibration.tokens if recipe.collectors() else 0,
-        "train_tokens": sum(s.config.tokens for s in recipe.steps if s.kind == "train"),
-        "steps": [next(iter(step.plain())) for step in recipe.steps],
-        "disk_bytes": disk,
-        "memory_bytes": parameters * size * (5 if trains else 3),
-    }
-
-
 def run_recipe(recipe: Recipe, progress: Progress = SILENT) -> dict[str, Any]:
     """Do every step that is not done yet.
 
@@ -242,21 +204,29 @@ def run_recipe(recipe: Recipe, progress: Progress = SILENT) -> dict[str, Any]:
         InputError: Before any work, if the recipe cannot work or its directory is another's.
     """
     plan(recipe)
-    run = Run(recipe, progress)
+    with held(recipe.output):
+        return _steps(Run(recipe, progress))
+
+
+def _steps(run: Run) -> dict[str, Any]:
+    """Do the work of a run whose directory nobody else works in."""
     run.claim()
+    run.check_text()
     run.save_parent()
-    result: dict[str, Any] = {"output": str(recipe.output)}
-    for index, step in enumerate(recipe.steps):
+    result: dict[str, Any] = {"output": str(run.directory)}
+    for index, step in enumerate(run.recipe.steps):
         place = run.place(index)
         if not (place / "done.json").is_file():
             _apply(run, index, step)
             write_json(place / "done.json", step.plain())
             gc.collect()
+        # Not only now: an earlier run may have been cut before this.
+        run.tidy(index)
         if step.kind in ("convert", "train"):
             result["model"] = str(run.model_of(index))
         if step.kind == "evaluate":
             result["record"] = str(place / "record.json")
-            result["report"] = str(recipe.output / "report.html")
+            result["report"] = str(run.directory / "report.html")
     return result
 
 
@@ -267,26 +237,3 @@ def _apply(run: Run, index: int, step: Step) -> None:
         run.apply_evaluate(index)
     else:
         run.apply_method(index)
-
-
-def _first_difference(old: Any, new: Any, where: str) -> str:
-    """Name the first place where two plain values differ; empty when they do not."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*new, *old]:
-            if key not in old or key not in new:
-                return f"{where}.{key}"
-            if found := _first_difference(old[key], new[key], f"{where}.{key}"):
-                return found
-        return ""
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (a, b) in enumerate(zip(old, new, strict=True)):
-            if found := _first_difference(a, b, f"{where}[{index}]"):
-                return found
-        return ""
-    return "" if old == new else f"{where} ({old!r}, not {new!r})"
-
-
-def _parameters(config: Any, width: int) -> int:
-    """Parameters of a decoder, near enough to plan with."""
-    dim, layers = config.hidden_size, config.num_hidden_layers
-    return int(config.vocab_size * dim * 2 + layers * (4 * dim * dim + 3 * dim * width))
