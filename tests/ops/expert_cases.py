@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moesaic.ops.weights import ExpertWeights, activation
+from moesaic.ops.weights import ExpertWeights
 
 
 class Inputs(NamedTuple):
@@ -30,6 +30,7 @@ class Inputs(NamedTuple):
             up=w.up.to(dtype),
             down=w.down.to(dtype),
             up_bias=None if w.up_bias is None else w.up_bias.to(dtype),
+            down_bias=None if w.down_bias is None else w.down_bias.to(dtype),
         )
         return Inputs(self.h_TD.to(dtype), self.ids_TK, self.weights_TK.to(dtype), cast)
 
@@ -60,11 +61,12 @@ class Case:
 
         rows = 2 * self.F if self.gated else self.F
         weights = ExpertWeights(
-            normal(self.E, rows, self.D, scale=self.D**-0.5),
-            normal(self.E, self.D, self.F, scale=self.F**-0.5),
-            normal(self.E, rows, scale=0.3) if self.bias else None,
-            activation("silu"),
+            up=normal(self.E, rows, self.D, scale=self.D**-0.5),
+            down=normal(self.E, self.D, self.F, scale=self.F**-0.5),
+            activation="silu",
             gated=self.gated,
+            up_bias=normal(self.E, rows, scale=0.3) if self.bias else None,
+            down_bias=normal(self.E, self.D, scale=0.3) if self.bias else None,
         )
         ids_TK = torch.rand(self.T, self.E, generator=draw).argsort(1)[:, : self.K]
         weights_TK = normal(self.T, self.K)
@@ -100,8 +102,15 @@ def run(
     leaves = {"h": h_TD, "weights": weights_TK, "up": weights.up, "down": weights.down}
     if weights.up_bias is not None:
         leaves["up_bias"] = weights.up_bias
+    if weights.down_bias is not None:
+        leaves["down_bias"] = weights.down_bias
     leaves = {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
-    weights = weights._replace(up=leaves["up"], down=leaves["down"], up_bias=leaves.get("up_bias"))
+    weights = weights._replace(
+        up=leaves["up"],
+        down=leaves["down"],
+        up_bias=leaves.get("up_bias"),
+        down_bias=leaves.get("down_bias"),
+    )
     out_TD = path(leaves["h"], ids_TK, leaves["weights"], weights)
     if out_TD.requires_grad:
         probe = torch.Generator().manual_seed(7)

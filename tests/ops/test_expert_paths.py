@@ -90,13 +90,13 @@ def test_bfloat16_is_close_to_the_reference_in_float32(case, backend):
 def test_gradcheck(path, bias):
     inputs = Case(T=5, D=3, E=4, K=2, F=2, bias=bias, pattern="some-empty").inputs(torch.float64)
 
-    def function(h_TD, weights_TK, up, down, up_bias=None):
-        weights = inputs.weights._replace(up=up, down=down, up_bias=up_bias)
+    def function(h_TD, weights_TK, up, down, up_bias=None, down_bias=None):
+        weights = inputs.weights._replace(up=up, down=down, up_bias=up_bias, down_bias=down_bias)
         return path(h_TD, inputs.ids_TK, weights_TK, weights)
 
     leaves = [inputs.h_TD, inputs.weights_TK, inputs.weights.up, inputs.weights.down]
     if bias:
-        leaves.append(inputs.weights.up_bias)
+        leaves += [inputs.weights.up_bias, inputs.weights.down_bias]
     assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in leaves])
 
 
@@ -105,13 +105,13 @@ def test_gradcheck_of_masked(bias):
     case = Case(T=4, D=3, E=3, K=3, F=2, bias=bias)
     inputs = case.inputs(torch.float64)
 
-    def function(h_TD, weights_TE, up, down, up_bias=None):
-        weights = inputs.weights._replace(up=up, down=down, up_bias=up_bias)
+    def function(h_TD, weights_TE, up, down, up_bias=None, down_bias=None):
+        weights = inputs.weights._replace(up=up, down=down, up_bias=up_bias, down_bias=down_bias)
         return experts_masked(h_TD, weights_TE, weights)
 
     leaves = [inputs.h_TD, inputs.weights_TK, inputs.weights.up, inputs.weights.down]
     if bias:
-        leaves.append(inputs.weights.up_bias)
+        leaves += [inputs.weights.up_bias, inputs.weights.down_bias]
     assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in leaves])
 
 
@@ -187,18 +187,19 @@ def test_reference_by_hand():
     # One token h = (1, 2), relu, plain, F = 1, E = 2.
     # Expert 0: up (3, 0) gives 3, down (1, -1) gives (3, -3).
     # Expert 1: up (0, -1) gives -2, relu gives 0.
-    # Expert 1 with bias 5: relu(-2 + 5) = 3, down (0, 2) gives (0, 6).
+    # Expert 1 with bias 5: relu(-2 + 5) = 3, down (0, 2) gives (0, 6), its bias makes it (1, 5).
     inputs = Case(T=1, D=2, E=2, K=2, F=1, gated=False, bias=True).inputs(torch.float32)
     weights = inputs.weights._replace(
         up=torch.tensor([[[3.0, 0.0]], [[0.0, -1.0]]]),
         down=torch.tensor([[[1.0], [-1.0]], [[0.0], [2.0]]]),
+        activation="relu",
         up_bias=torch.tensor([[0.0], [5.0]]),
-        act=activation("relu"),
+        down_bias=torch.tensor([[0.0, 0.0], [1.0, -1.0]]),
     )
     h_TD, weights_TK = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 2.0]])
-    # Weights 0.5 and 2: (1.5, -1.5) + (0, 12).
+    # Weights 0.5 and 2: (1.5, -1.5) + (2, 10).
     out_TD = experts_reference(h_TD, torch.tensor([[0, 1]]), weights_TK, weights)
-    assert out_TD.tolist() == [[1.5, 10.5]]
+    assert out_TD.tolist() == [[3.5, 8.5]]
     # An empty slot counts for nothing, whatever its weight: 2 * (3, -3).
     for empty in (2, -1):
         out_TD = experts_reference(h_TD, torch.tensor([[empty, 0]]), weights_TK, weights)
@@ -209,7 +210,7 @@ def test_gate_rows_come_before_up_rows():
     # gate = 2, up = 3: relu(2) * 3 = 6; the other way round, relu(3) * 2 is 6 too, so gate = -2.
     inputs = Case(T=1, D=1, E=1, K=1, F=1).inputs(torch.float32)
     weights = inputs.weights._replace(
-        up=torch.tensor([[[-2.0], [3.0]]]), down=torch.ones(1, 1, 1), act=activation("relu")
+        up=torch.tensor([[[-2.0], [3.0]]]), down=torch.ones(1, 1, 1), activation="relu"
     )
     one = torch.ones(1, 1)
     for backend in ("reference", *FAST):

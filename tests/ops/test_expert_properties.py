@@ -41,6 +41,7 @@ def test_renumbering_experts_changes_nothing(case, seed, backend):
         up=weights.up[order_E],
         down=weights.down[order_E],
         up_bias=None if weights.up_bias is None else weights.up_bias[order_E],
+        down_bias=None if weights.down_bias is None else weights.down_bias[order_E],
     )
     after = apply_experts(h_TD, order_E.argsort()[ids_TK], weights_TK, renumbered, backend)
     torch.testing.assert_close(after, before)
@@ -76,7 +77,8 @@ def test_one_expert_is_a_dense_network(case, seed, backend):
         a_TF = nnf.silu(nnf.linear(h_TD, gate, bias[0])) * nnf.linear(h_TD, up, bias[1])
     else:
         a_TF = nnf.silu(nnf.linear(h_TD, weights.up[0], bias[0]))
-    torch.testing.assert_close(out_TD, nnf.linear(a_TF, weights.down[0]))
+    down_bias = None if weights.down_bias is None else weights.down_bias[0]
+    torch.testing.assert_close(out_TD, nnf.linear(a_TF, weights.down[0], down_bias))
 
 
 @few

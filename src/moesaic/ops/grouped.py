@@ -49,11 +49,17 @@ def _apply_sorted(x_ND: Tensor, expert_N: Tensor, weights: ExpertWeights) -> Ten
     counts_E = torch.bincount(expert_N, minlength=weights.num_experts)
     ends_E = counts_E.cumsum(0).to(torch.int32)
     z_NM = _grouped_mm(x_ND, weights.up, ends_E)
-    if weights.up_bias is not None:
-        # Its gradient is a sum over all rows of an expert, which bfloat16 cannot hold.
-        bias_EM = weights.up_bias.to(torch.promote_types(z_NM.dtype, torch.float32))
-        z_NM = z_NM + bias_EM[expert_N].to(z_NM.dtype)
-    return _grouped_mm(weights.activate(z_NM), weights.down, ends_E)
+    z_NM = _add_bias(z_NM, weights.up_bias, expert_N)
+    y_ND = _grouped_mm(weights.activate(z_NM), weights.down, ends_E)
+    return _add_bias(y_ND, weights.down_bias, expert_N)
+
+
+def _add_bias(x_NO: Tensor, bias_EO: Tensor | None, expert_N: Tensor) -> Tensor:
+    if bias_EO is None:
+        return x_NO
+    # Its gradient is a sum over all rows of an expert, which bfloat16 cannot hold.
+    wide_EO = bias_EO.to(torch.promote_types(x_NO.dtype, torch.float32))
+    return x_NO + wide_EO[expert_N].to(x_NO.dtype)
 
 
 def _grouped_mm(x_NI: Tensor, w_EOI: Tensor, ends_E: Tensor) -> Tensor:

@@ -46,4 +46,9 @@ def experts_masked(h_TD: Tensor, weights_TE: Tensor | None, weights: ExpertWeigh
     else:
         a_TM = neurons(z_TM, weights_TE)
     down_DM = weights.down.permute(1, 0, 2).reshape(h_TD.shape[1], -1)
-    return F.linear(a_TM, down_DM)
+    out_TD = F.linear(a_TM, down_DM)
+    if weights.down_bias is None:
+        return out_TD
+    if weights_TE is None:
+        return out_TD + weights.down_bias.sum(0)
+    return out_TD + weights_TE.to(out_TD.dtype) @ weights.down_bias

@@ -34,7 +34,8 @@ def experts_reference(
             continue
         bias = None if weights.up_bias is None else weights.up_bias[expert]
         a_NF = weights.activate(F.linear(h_TD[token_N], weights.up[expert], bias))
-        y_ND = F.linear(a_NF, weights.down[expert])
+        bias = None if weights.down_bias is None else weights.down_bias[expert]
+        y_ND = F.linear(a_NF, weights.down[expert], bias)
         weight_N1 = weights_TK[token_N, slot_N, None].to(out_TD.dtype)
         out_TD = out_TD.index_add(0, token_N, y_ND.to(out_TD.dtype) * weight_N1)
     return out_TD.to(h_TD.dtype)

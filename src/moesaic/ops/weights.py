@@ -55,16 +55,20 @@ class ExpertWeights(NamedTuple):
         up: Gated: [E, 2F, D], the gate rows of an expert before its up rows, out x in, the
             layout of transformers 5. Plain: [E, F, D].
         down: [E, D, F].
-        up_bias: [E, 2F] or [E, F], or none.
-        act: The activation function.
+        activation: Name of the activation function; empty when `glu` says what is applied.
         gated: Whether `up` holds gate and up rows.
+        up_bias: [E, 2F] or [E, F], or none.
+        down_bias: [E, D], or none; scaled by the slot's weight like the rest of the output.
+        glu: Maps the up product of one expert to its neurons where no activation's name can.
     """
 
     up: Tensor
     down: Tensor
-    up_bias: Tensor | None
-    act: Callable[[Tensor], Tensor]
+    activation: str
     gated: bool
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    glu: Callable[[Tensor], Tensor] | None = None
 
     @property
     def num_experts(self) -> int:
@@ -78,7 +82,10 @@ class ExpertWeights(NamedTuple):
 
     def activate(self, z: Tensor) -> Tensor:
         """Map the up product [..., 2F] (or [..., F]) of one expert to its neurons [..., F]."""
+        if self.glu is not None:
+            return self.glu(z)
+        act = activation(self.activation)
         if not self.gated:
-            return self.act(z)
+            return act(z)
         gate, up = z.chunk(2, dim=-1)
-        return self.act(gate) * up
+        return act(gate) * up

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moesaic.nn.routing import Routing
 from moesaic.ops.masked import experts_masked
 from moesaic.ops.select import Backend, apply_experts
-from moesaic.ops.weights import ExpertWeights
+from moesaic.ops.weights import ExpertWeights, activation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,9 @@ class ExpertsConfig:
 
     activation: str = "silu"
     bias: bool = False
+
+    def __post_init__(self) -> None:
+        activation(self.activation)
 
 
 class Experts(nn.Module, ABC):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moesaic.nn.experts._base import Experts, ExpertsConfig
-from moesaic.ops.weights import ExpertWeights, activation
+from moesaic.ops.weights import ExpertWeights
 
 
 class GatedExperts(Experts):
@@ -28,7 +28,7 @@ class GatedExperts(Experts):
         super().__init__()
         self.num_experts = num_experts
         self.width = width
-        self.act_fn = activation(config.activation)
+        self.activation = config.activation
         # Names and layout [E, 2F, D], [E, D, F] are part of the checkpoint format.
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, dim))
         self.down_proj = nn.Parameter(torch.empty(num_experts, dim, width))
@@ -47,5 +47,9 @@ class GatedExperts(Experts):
     def weights(self) -> ExpertWeights:
         """Give the weights to an expert path."""
         return ExpertWeights(
-            self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.act_fn, gated=True
+            up=self.gate_up_proj,
+            down=self.down_proj,
+            activation=self.activation,
+            gated=True,
+            up_bias=self.gate_up_proj_bias,
         )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moesaic.nn.experts._base import Experts, ExpertsConfig
-from moesaic.ops.weights import ExpertWeights, activation
+from moesaic.ops.weights import ExpertWeights
 
 
 class PlainExperts(Experts):
@@ -28,7 +28,7 @@ class PlainExperts(Experts):
         super().__init__()
         self.num_experts = num_experts
         self.width = width
-        self.act_fn = activation(config.activation)
+        self.activation = config.activation
         # Names and layout [E, F, D], [E, D, F] are part of the checkpoint format.
         self.up_proj = nn.Parameter(torch.empty(num_experts, width, dim))
         self.down_proj = nn.Parameter(torch.empty(num_experts, dim, width))
@@ -45,5 +45,9 @@ class PlainExperts(Experts):
     def weights(self) -> ExpertWeights:
         """Give the weights to an expert path."""
         return ExpertWeights(
-            self.up_proj, self.down_proj, self.up_proj_bias, self.act_fn, gated=False
+            up=self.up_proj,
+            down=self.down_proj,
+            activation=self.activation,
+            gated=False,
+            up_bias=self.up_proj_bias,
         )
