@@ -1,8 +1,8 @@
-"""Registers converted models with transformers the moment a process imports it, and not before.
+"""Enters our parts into transformers the moment a process imports it, and not before.
 
-`import moesaic` must stay quick, so it imports neither torch nor transformers. If transformers'
-auto classes are there already, ours are registered at once; else a finder waits for the one module
-that holds the table of configs, lets it load, registers and is gone.
+`import moesaic` must stay quick, so it imports neither torch nor transformers. Each table of
+transformers that ours are entered into is in one module: if that is imported already, they are
+entered at once; else a finder waits for it, lets it load, enters them and is gone.
 """
 
 from __future__ import annotations
@@ -14,28 +14,35 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_AWAITED = "transformers.models.auto.configuration_auto"
+# Module of transformers that is waited for: our module whose `register` is then called.
+_AWAITED = {
+    "transformers.models.auto.configuration_auto": "moesaic.models.auto",
+    "transformers.integrations.moe": "moesaic.models.experts_function",
+}
 
 
 def install() -> None:
-    """Register now if transformers is imported, else when it is."""
-    if _AWAITED in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Register now with the modules that are imported, else when they are."""
+    waited = {finder.awaited for finder in sys.meta_path if isinstance(finder, _Finder)}
+    for name in _AWAITED:
+        if name in sys.modules:
+            _register(name)
+        elif name not in waited:
+            sys.meta_path.insert(0, _Finder(name))
 
 
-def _register() -> None:
-    from moesaic.models.auto import register
-
-    register()
+def _register(name: str) -> None:
+    importlib.import_module(_AWAITED[name]).register()
 
 
 class _Finder(MetaPathFinder):
+    def __init__(self, awaited: str) -> None:
+        self.awaited = awaited
+
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _AWAITED:
+        if name != self.awaited:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -57,4 +64,4 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        _register()
+        _register(module.__name__)
