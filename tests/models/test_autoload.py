@@ -70,13 +70,49 @@ print(*[type(finder).__module__ for finder in sys.meta_path if "moesaic" in str(
     assert run(code, saved) == ["MoesaicLlamaConfig", "MoesaicLlamaForCausalLM"]
 
 
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import transformers; transformers.MixtralForCausalLM; import moesaic",
+        # Nothing but our function: it does not wait for the auto classes.
+        "import moesaic; from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS",
+    ],
+)
+def test_our_experts_have_a_name_in_either_order(imports):
+    code = f"""
+import sys
+{imports}
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+print(ALL_EXPERTS_FUNCTIONS["moesaic"].__module__)
+from transformers import AutoModelForCausalLM, MixtralConfig
+sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, head_dim=4)
+config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)
+model = AutoModelForCausalLM.from_config(config, experts_implementation="moesaic")
+print(model.config._experts_implementation)
+print(*[type(finder).__module__ for finder in sys.meta_path if "moesaic" in str(type(finder))])
+"""
+    assert run(code) == ["moesaic.models.experts_function", "moesaic"]
+
+
+def test_configs_alone_do_not_import_the_experts_of_transformers():
+    code = """
+import sys
+import moesaic
+from transformers import AutoConfig
+print("transformers.integrations.moe" in sys.modules)
+print(sum("moesaic" in str(type(finder)) for finder in sys.meta_path))
+"""
+    # The finder of the experts still waits.
+    assert run(code) == ["False", "1"]
+
+
 def test_waiting_ends_with_the_awaited_module(monkeypatch, tmp_path):
     """The finder acts once, leaves, and the module does not show that it was there."""
     (tmp_path / "awaited_here.py").write_text("LOADED = True\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(_autoload, "_AWAITED", "awaited_here")
+    monkeypatch.setattr(_autoload, "_AWAITED", {"awaited_here": "ours"})
     calls = []
-    monkeypatch.setattr(_autoload, "_register", lambda: calls.append("awaited_here" in sys.modules))
+    monkeypatch.setattr(_autoload, "_register", lambda name: calls.append(name in sys.modules))
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     before = list(sys.meta_path)
     _autoload.install()
@@ -95,7 +131,7 @@ def test_waiting_ends_with_the_awaited_module(monkeypatch, tmp_path):
 
 
 def test_waiting_for_a_module_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(_autoload, "_AWAITED", "no_such_module_here")
+    monkeypatch.setattr(_autoload, "_AWAITED", {"no_such_module_here": "ours"})
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     _autoload.install()
     with pytest.raises(ModuleNotFoundError, match="no_such_module_here"):

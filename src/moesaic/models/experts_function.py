@@ -148,5 +148,5 @@ def _normed_experts(
     empty_TK = (ids_TK < 0) | (ids_TK == weights.num_experts)
     sum_dtype = torch.promote_types(h_TD.dtype, torch.float32)
     weights_TK = weights_TK.to(sum_dtype).masked_fill(empty_TK, 0.0)
-    y_TKD = y_ND.to(sum_dtype).unflatten(0, ids_TK.shape)
+    y_TKD: Tensor = y_ND.to(sum_dtype).unflatten(0, ids_TK.shape)
     return (y_TKD * weights_TK.unsqueeze(-1)).sum(1).to(h_TD.dtype)
