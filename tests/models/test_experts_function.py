@@ -302,6 +302,41 @@ def test_every_class_of_experts_equals_eager_with_empty_slots(name, poisoned):
         )
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_ids_past_the_experts_are_empty_on_every_path(training):
+    module = build("MixtralExperts")
+    h_TD, _, _ = slots()
+    # As many slots as experts: with gradients the path that computes all experts is taken.
+    ids_TK = torch.arange(E).repeat(T, 1)
+    weights_TK = torch.rand(T, E, generator=torch.Generator().manual_seed(6))
+    empty_TK = weights_TK < 0.4
+    past_TK = torch.where(empty_TK, E + 7, ids_TK)
+    with torch.set_grad_enabled(training):
+        out_TD = experts_forward(module, h_TD.requires_grad_(), past_TK, weights_TK)
+        module.config._experts_implementation = "eager"
+        expected_TD = module(h_TD, ids_TK, weights_TK.masked_fill(empty_TK, 0.0))
+    torch.testing.assert_close(out_TD, expected_TD, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_does_not_fill_empty_slots():
+    """Of nothing, a norm with a bias makes its bias."""
+    module = build("MixtralExperts")
+    module.has_post_expert_norm = True
+    module.post_expert_norm = torch.nn.LayerNorm(D)
+    torch.nn.init.ones_(module.post_expert_norm.bias)
+    h_TD, ids_TK, weights_TK = slots()
+    actual = run(module, "moesaic", h_TD, ids_TK, weights_TK)
+    weights = expert_weights(module)
+    for t in range(T):
+        used = [(int(e), w) for e, w in zip(ids_TK[t], weights_TK[t], strict=True) if 0 <= e < E]
+        expected_D = torch.zeros(D)
+        for e, w in used:
+            y_D = weights.down[e] @ weights.activate(weights.up[e] @ h_TD[t])
+            expected_D = expected_D + w * module.post_expert_norm(y_D)
+        torch.testing.assert_close(actual["out"][t], expected_D.detach(), rtol=1e-4, atol=1e-5)
+    assert (actual["weights"][(ids_TK < 0) | (ids_TK >= E)] == 0).all()
+
+
 @pytest.mark.parametrize("name", DECORATED)
 def test_every_class_of_experts_is_read_as_it_is(name):
     module = build(name)
