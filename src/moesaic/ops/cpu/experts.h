@@ -1,0 +1,204 @@
+// Linear maps and routed experts. Every function here is called by all threads of a parallel
+// region, shares its work among them and returns when all of it is done.
+//
+// Shapes: T tokens, E experts, F neurons of one expert, D model width, N slots sorted by expert.
+// F and D are padded to whole registers; padded neurons and outputs are zero.
+
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "activations.h"
+
+namespace {
+
+// The structs are mirrored, field by field, in library.py.
+struct Linear {
+  const char* panels;  // [outputs / WIDE] panels of `inputs`
+  const float* scale;  // [outputs] or null
+  const float* bias;   // [outputs] or null
+  int64_t inputs;
+  int64_t outputs;  // padded
+  int64_t format;
+};
+
+struct Experts {
+  const char* up;    // [E, F / LANES] panels of D (gate lo, up hi), or [E, F / WIDE] when plain
+  const char* down;  // [E, D / WIDE] panels of F
+  const float* up_scale;    // per output of `up`, in panel order, or null
+  const float* down_scale;  // [E, D] or null
+  const float* up_bias;     // as up_scale
+  const float* down_bias;   // [E, D] or null
+  int64_t experts;
+  int64_t width;   // F, padded
+  int64_t inputs;  // D, not padded
+  int64_t outputs;  // D, padded
+  int64_t format;
+  int64_t activation;
+  int64_t gated;
+};
+
+enum Format { FLOAT32, BFLOAT16, INT8 };
+
+template <class F>
+inline void with_format(int64_t format, F f) {
+  if (format == FLOAT32) f(Float32{});
+  else if (format == BFLOAT16) f(BFloat16{});
+  else f(Int8{});
+}
+
+inline V scaled(V sum, const float* scale, const float* bias, int64_t at) {
+  if (scale) sum *= load(scale + at);
+  if (bias) sum += load(bias + at);
+  return sum;
+}
+
+// out_TO = x_TI W^T + bias, or added to out.
+inline void linear(const Linear& w, const float* x, int64_t stride, int64_t T, float* out,
+                   int64_t out_stride, bool add) {
+  const int64_t panels = w.outputs / WIDE;
+  with_format(w.format, [&](auto format) {
+    using W = decltype(format);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t p = 0; p < panels; ++p) {
+      const char* panel = w.panels + p * w.inputs * W::bytes;
+      in_passes(T, [&](int64_t first, int rows) {
+        with_rows(rows, [&](auto count) {
+          constexpr int M = decltype(count)::value;
+          const float* a[M];
+          V lo[M], hi[M];
+          for (int m = 0; m < M; ++m) a[m] = x + (first + m) * stride;
+          multiply<W, M>(a, panel, w.inputs, lo, hi);
+          for (int m = 0; m < M; ++m) {
+            float* y = out + (first + m) * out_stride + p * WIDE;
+            lo[m] = scaled(lo[m], w.scale, w.bias, p * WIDE);
+            hi[m] = scaled(hi[m], w.scale, w.bias, p * WIDE + LANES);
+            store(y, add ? load(y) + lo[m] : lo[m]);
+            store(y + LANES, add ? load(y + LANES) + hi[m] : hi[m]);
+          }
+        });
+      });
+    }
+  });
+}
+
+// The held slots of T tokens, sorted by expert and, within one, by token.
+struct Slots {
+  std::vector<int64_t> begin;  // [E + 1]
+  std::vector<int32_t> token;  // [N]
+  std::vector<float> weight;   // [N]
+
+  int64_t count() const { return begin.back(); }
+
+  // Ids outside [0, E) are empty slots; so is a weight of zero.
+  void sort(const int64_t* ids, const float* weights, int64_t T, int64_t K, int64_t E) {
+    begin.assign(E + 1, 0);
+    auto held = [&](int64_t i) { return ids[i] >= 0 && ids[i] < E && weights[i] != 0.0f; };
+    for (int64_t i = 0; i < T * K; ++i)
+      if (held(i)) ++begin[ids[i] + 1];
+    for (int64_t e = 0; e < E; ++e) begin[e + 1] += begin[e];
+    token.resize(begin[E]);
+    weight.resize(begin[E]);
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    for (int64_t i = 0; i < T * K; ++i) {
+      if (!held(i)) continue;
+      const int64_t n = next[ids[i]]++;
+      token[n] = static_cast<int32_t>(i / K);
+      weight[n] = weights[i];
+    }
+  }
+
+  // One expert for every token, at weight one.
+  void all(int64_t T) {
+    begin = {0, T};
+    token.resize(T);
+    weight.assign(T, 1.0f);
+    for (int64_t t = 0; t < T; ++t) token[t] = static_cast<int32_t>(t);
+  }
+};
+
+// out_TD = sum over slots of weight * down(act(gate x) * (up x)), or added to out.
+// `neurons` holds [N, F]. Experts are added in ascending order.
+inline void apply_experts(const Experts& e, const Slots& slots, const float* x, int64_t stride,
+                          int64_t T, float* neurons, float* out, int64_t out_stride, bool add) {
+  const int64_t F = e.width, per_panel = e.gated ? LANES : WIDE;
+  const int64_t up_panels = F / per_panel, tiles = e.outputs / WIDE;
+  with_format(e.format, [&](auto format) {
+    using W = decltype(format);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t unit = 0; unit < e.experts * up_panels; ++unit) {
+      const int64_t expert = unit / up_panels, p = unit % up_panels;
+      const int64_t begin = slots.begin[expert], n = slots.begin[expert + 1] - begin;
+      const char* panel = e.up + unit * e.inputs * W::bytes;
+      in_passes(n, [&](int64_t first, int rows) {
+        with_rows(rows, [&](auto count) {
+          constexpr int M = decltype(count)::value;
+          const float* a[M];
+          V lo[M], hi[M];
+          for (int m = 0; m < M; ++m) a[m] = x + slots.token[begin + first + m] * stride;
+          multiply<W, M>(a, panel, e.inputs, lo, hi);
+          for (int m = 0; m < M; ++m) {
+            const int64_t slot = begin + first + m;
+            float* y = neurons + slot * F + p * per_panel;
+            lo[m] = scaled(lo[m], e.up_scale, e.up_bias, unit * WIDE);
+            hi[m] = scaled(hi[m], e.up_scale, e.up_bias, unit * WIDE + LANES);
+            const V act = activate(e.activation, lo[m]) * slots.weight[slot];
+            if (e.gated) {
+              store(y, act * hi[m]);
+            } else {
+              store(y, act);
+              store(y + LANES, activate(e.activation, hi[m]) * slots.weight[slot]);
+            }
+          }
+        });
+      });
+    }
+    // A thread owns columns, so that sums need no other thread; several units per thread, so
+    // that one that is held up does not hold up all.
+    const int64_t units = std::min<int64_t>(tiles, 4 * omp_get_num_threads());
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const int64_t first_tile = tiles * unit / units, last_tile = tiles * (unit + 1) / units;
+      if (!add)
+        for (int64_t t = 0; t < T; ++t)
+          std::fill_n(out + t * out_stride + first_tile * WIDE, (last_tile - first_tile) * WIDE,
+                      0.0f);
+      for (int64_t expert = 0; expert < e.experts; ++expert) {
+        const int64_t begin = slots.begin[expert], n = slots.begin[expert + 1] - begin;
+        for (int64_t tile = n ? first_tile : last_tile; tile < last_tile; ++tile) {
+          const char* panel = e.down + (expert * tiles + tile) * F * W::bytes;
+          in_passes(n, [&](int64_t first, int rows) {
+            with_rows(rows, [&](auto count) {
+              constexpr int M = decltype(count)::value;
+              const float* a[M];
+              V lo[M], hi[M];
+              for (int m = 0; m < M; ++m) a[m] = neurons + (begin + first + m) * F;
+              multiply<W, M>(a, panel, F, lo, hi);
+              const int64_t at = expert * e.outputs + tile * WIDE;
+              for (int m = 0; m < M; ++m) {
+                const int64_t slot = begin + first + m;
+                float* y = out + slots.token[slot] * out_stride + tile * WIDE;
+                const float weight = slots.weight[slot];
+                if (e.down_scale) {
+                  lo[m] *= load(e.down_scale + at);
+                  hi[m] *= load(e.down_scale + at + LANES);
+                }
+                if (e.down_bias) {
+                  lo[m] += weight * load(e.down_bias + at);
+                  hi[m] += weight * load(e.down_bias + at + LANES);
+                }
+                store(y, load(y) + lo[m]);
+                store(y + LANES, load(y + LANES) + hi[m]);
+              }
+            });
+          });
+        }
+      }
+    }
+  });
+}
+
+}  // namespace

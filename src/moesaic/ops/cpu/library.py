@@ -1,0 +1,145 @@
+"""Compile the native code for this machine, once, and load it.
+
+The code is a few header files without dependencies, so compiling them where they run takes seconds
+and needs no wheel per machine. What it may use (AVX-512 or AVX2) is what torch detected; a cache
+shared by several machines therefore keeps one library for each kind. It shares torch's pool of
+OpenMP threads and starts none of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from moesaic._errors import RunError
+
+logger = logging.getLogger(__name__)
+
+_HERE = Path(__file__).resolve().parent
+_SOURCES = ("kernels.cpp", "experts.h", "activations.h", "panels.h")
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+# By the names that torch gives them.
+_LEVELS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+
+
+class Linear(ctypes.Structure):
+    """The struct of that name in experts.h."""
+
+    _fields_ = [
+        ("panels", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("format", ctypes.c_int64),
+    ]
+
+
+class Experts(ctypes.Structure):
+    """The struct of that name in experts.h."""
+
+    _fields_ = [
+        ("up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        ("up_scale", ctypes.c_void_p),
+        ("down_scale", ctypes.c_void_p),
+        ("up_bias", ctypes.c_void_p),
+        ("down_bias", ctypes.c_void_p),
+        ("experts", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("format", ctypes.c_int64),
+        ("activation", ctypes.c_int64),
+        ("gated", ctypes.c_int64),
+    ]
+
+
+def why_not() -> str:
+    """Why this machine cannot run the native code, in one clause; empty when it can."""
+    level = torch.backends.cpu.get_cpu_capability()
+    if platform.system() != "Linux" or level not in _LEVELS:
+        return f"native kernels need Linux on x86 with AVX2, and this is {platform.machine()} {level}"
+    if shutil.which(_compiler()) is None and not _path(level).is_file():
+        return f"native kernels need the compiler {_compiler()}; install g++ or set CXX"
+    return ""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Load the native code, compiling it when the cache has none for this machine.
+
+    Raises:
+        RunError: If it cannot run here, or the compiler fails; says why.
+    """
+    reason = why_not()
+    if reason:
+        raise RunError(f"{reason}; without them experts run in plain torch")
+    level = torch.backends.cpu.get_cpu_capability()
+    path = _path(level)
+    if not path.is_file():
+        _compile(path, level)
+    loaded = ctypes.CDLL(str(path))
+    loaded.moesaic_lanes.argtypes = []
+    for name, arguments in _SIGNATURES.items():
+        getattr(loaded, name).argtypes = arguments
+    return loaded
+
+
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+_SIGNATURES = {
+    "moesaic_experts": [ctypes.POINTER(Experts), _POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER],
+    "moesaic_linear": [ctypes.POINTER(Linear), _POINTER, _INT, _POINTER],
+}
+
+
+def call(name: str, *arguments: object) -> None:
+    """Call a native function.
+
+    Raises:
+        MemoryError: If it ran out of memory.
+    """
+    if getattr(library(), name)(*arguments):
+        raise MemoryError(f"{name} ran out of memory; use fewer tokens at a time")
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def _path(level: str) -> Path:
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        digest.update((_HERE / name).read_bytes())
+    digest.update(" ".join((_compiler(), *_FLAGS, *_LEVELS[level])).encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "moesaic" / f"kernels-{level.lower()}-{digest.hexdigest()[:16]}.so"
+
+
+def _compile(path: Path, level: str) -> None:
+    logger.info("compiling the CPU kernels for %s, once, in about 15 seconds", level)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        out = Path(scratch) / path.name
+        command = [_compiler(), *_FLAGS, *_LEVELS[level], str(_HERE / "kernels.cpp"), "-o", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise RunError(
+                f"{_compiler()} could not compile the CPU kernels: {last[0]}; set CXX to a g++ of "
+                "version 11 or newer"
+            )
+        out.replace(path)

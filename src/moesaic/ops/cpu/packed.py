@@ -1,0 +1,208 @@
+"""Weights in the order in which the native code reads them, and what it computes with them.
+
+A panel holds two registers' worth of outputs for all inputs (see panels.h). The gate and the up
+row of a neuron stand side by side in one, so that its activation needs no second pass; the down
+matrix is stored input by input, so the rows of a block are contiguous however small it is.
+
+Shapes: T tokens, K slots per token, E experts, F width of one expert, D model width, I inputs,
+O outputs, L floats of a register, P panels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Literal
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from moesaic._errors import InputError
+from moesaic.ops.cpu import library
+from moesaic.ops.weights import ExpertWeights
+
+Format = Literal["float32", "bfloat16", "int8"]
+
+_FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "int8")
+# In the order of the enum in activations.h.
+_ACTIVATIONS = {
+    "silu": 0,
+    "swish": 0,
+    "gelu": 1,
+    "gelu_new": 2,
+    "gelu_fast": 2,
+    "gelu_pytorch_tanh": 2,
+    "relu": 3,
+    "relu2": 4,
+    "quick_gelu": 5,
+}
+
+
+def supports(weights: ExpertWeights) -> bool:
+    """Whether the native code knows the function that the experts apply."""
+    return weights.glu is None and weights.activation in _ACTIVATIONS
+
+
+def format_of(dtype: torch.dtype) -> Format:
+    """The format that holds a dtype's values exactly; float16 and float64 go to float32."""
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
+
+
+class PackedLinear:
+    """A linear map, packed.
+
+    Args:
+        weight_OI: [O, I].
+        bias_O: Or none.
+        weight_format: `int8` rounds every row to 255 levels of its largest weight.
+    """
+
+    def __init__(
+        self, weight_OI: Tensor, bias_O: Tensor | None, weight_format: Format = "float32"
+    ) -> None:
+        self.num_outputs, self.num_inputs = weight_OI.shape
+        rows_PRI = _pad(weight_OI, 0, 2 * _lanes()).unflatten(0, (-1, 2 * _lanes()))
+        self._panels, self._scale = _pack(rows_PRI, weight_format)
+        self._bias = None if bias_O is None else _pad(bias_O.float(), 0, 2 * _lanes()).contiguous()
+        self.padded = rows_PRI.shape[0] * rows_PRI.shape[1]
+        self.struct = library.Linear(
+            panels=self._panels.data_ptr(),
+            scale=_pointer(self._scale),
+            bias=_pointer(self._bias),
+            inputs=self.num_inputs,
+            outputs=self.padded,
+            format=_FORMATS.index(weight_format),
+        )
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """Map [T, I] to [T, O] in float32."""
+        x_TI = x_TI.float().contiguous()
+        out_TO = torch.empty(x_TI.shape[0], self.padded)
+        library.call(
+            "moesaic_linear",
+            ctypes.byref(self.struct),
+            x_TI.data_ptr(),
+            x_TI.shape[0],
+            out_TO.data_ptr(),
+        )
+        return out_TO[:, : self.num_outputs]
+
+
+class PackedExperts:
+    """Experts, packed.
+
+    Args:
+        weights: The experts; they are not kept.
+        weight_format: `int8` rounds every neuron's rows, and every output of a block's down
+            matrix, to 255 levels of their largest weight.
+
+    Raises:
+        InputError: If the native code does not know the experts' activation.
+    """
+
+    def __init__(self, weights: ExpertWeights, weight_format: Format = "float32") -> None:
+        if not supports(weights):
+            raise InputError(
+                f"activation {weights.activation or 'of its own'!r} has no native code; "
+                f"{', '.join(sorted(_ACTIVATIONS))} have"
+            )
+        lanes = _lanes()
+        num_experts, dim, width = weights.down.shape
+        per_panel = lanes if weights.gated else 2 * lanes
+        up_PRI = _rows(weights.up, weights.gated, per_panel)
+        down_EOF = _pad(_pad(weights.down, 1, 2 * lanes), 2, per_panel)
+        self.num_experts, self.dim, self.width = num_experts, dim, width
+        self._up, self._up_scale = _pack(up_PRI, weight_format)
+        down_PRF = down_EOF.reshape(-1, 2 * lanes, down_EOF.shape[2])
+        self._down, self._down_scale = _pack(down_PRF, weight_format)
+        self._up_bias, self._down_bias = None, None
+        if weights.up_bias is not None:
+            self._up_bias = _rows(weights.up_bias.float(), weights.gated, per_panel).contiguous()
+        if weights.down_bias is not None:
+            self._down_bias = _pad(weights.down_bias.float(), 1, 2 * lanes).contiguous()
+        self.padded = down_EOF.shape[1]
+        self.struct = library.Experts(
+            up=self._up.data_ptr(),
+            down=self._down.data_ptr(),
+            up_scale=_pointer(self._up_scale),
+            down_scale=_pointer(self._down_scale),
+            up_bias=_pointer(self._up_bias),
+            down_bias=_pointer(self._down_bias),
+            experts=num_experts,
+            width=down_EOF.shape[2],
+            inputs=dim,
+            outputs=self.padded,
+            format=_FORMATS.index(weight_format),
+            activation=_ACTIVATIONS[weights.activation],
+            gated=weights.gated,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed matrices, scales included."""
+        tensors = (self._up, self._down, self._up_scale, self._down_scale)
+        return sum(x.nbytes for x in tensors if x is not None)
+
+
+def experts_cpu(h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, packed: PackedExperts) -> Tensor:
+    """Sum the weighted outputs of each token's experts; same contract as the reference.
+
+    Inference only. Sums are in float32. What a token gets does not depend, to the last bit, on
+    the tokens beside it.
+    """
+    num_tokens, num_slots = ids_TK.shape
+    x_TD = h_TD.float().contiguous()
+    ids_TK = ids_TK.contiguous()
+    weights_TK = weights_TK.float().contiguous()
+    out_TD = torch.empty(num_tokens, packed.padded)
+    library.call(
+        "moesaic_experts",
+        ctypes.byref(packed.struct),
+        x_TD.data_ptr(),
+        ids_TK.data_ptr(),
+        weights_TK.data_ptr(),
+        num_tokens,
+        num_slots,
+        out_TD.data_ptr(),
+    )
+    return out_TD[:, : packed.dim].to(h_TD.dtype)
+
+
+def _lanes() -> int:
+    return int(library.library().moesaic_lanes())
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _pad(x: Tensor, dim: int, multiple: int) -> Tensor:
+    """Append zeros along a dimension until it is a multiple."""
+    missing = -x.shape[dim] % multiple
+    if not missing:
+        return x
+    return nnf.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, missing])
+
+
+def _rows(up: Tensor, gated: bool, per_panel: int) -> Tensor:
+    """Order the rows (or biases) of an up matrix [E, (2)F, ...] by panel: [P, 2L, ...]."""
+    if gated:
+        # Of a panel, the gate rows of L neurons are the lower half, their up rows the upper.
+        parts = _pad(up.unflatten(1, (2, -1)), 2, per_panel).unflatten(2, (-1, per_panel))
+        return parts.transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    return _pad(up, 1, per_panel).unflatten(1, (-1, per_panel)).flatten(0, 1)
+
+
+def _pack(rows_PRI: Tensor, weight_format: Format) -> tuple[Tensor, Tensor | None]:
+    """Store panels input by input; gives them and, for int8, the scale of every row."""
+    rows_PRI = rows_PRI.detach()
+    if weight_format == "float32":
+        return rows_PRI.float().transpose(1, 2).contiguous(), None
+    if weight_format == "bfloat16":
+        # Words of 32 bits: the lower half belongs to the first L rows, the upper to the others.
+        halves = rows_PRI.bfloat16().unflatten(1, (2, -1))
+        return halves.permute(0, 3, 2, 1).contiguous(), None
+    wide_PRI = rows_PRI.float()
+    scale_PR = wide_PRI.abs().amax(2).clamp(min=1e-30) / 127
+    whole_PRI = (wide_PRI / scale_PR.unsqueeze(2)).round().to(torch.int8)
+    return whole_PRI.transpose(1, 2).contiguous(), scale_PR.contiguous()

@@ -1,0 +1,127 @@
+// Products of a few rows with a panel of weights: the one inner loop of everything here.
+//
+// A panel holds the weights of two registers' worth of outputs, "lo" and "hi", for all K inputs,
+// input after input. It is read once, in order, whatever the number of rows, so a product of few
+// rows runs at memory bandwidth and one of many rows at the rate of the multipliers. Every output
+// is one sum over k in ascending order: a row's result does not depend on the rows beside it.
+//
+// Vectors are GCC's portable ones, of the size of the machine's registers.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int BYTES = 64;  // of a register
+constexpr int ROWS = 12;   // rows per pass: their accumulators, two registers each, must fit
+#else
+constexpr int BYTES = 32;
+constexpr int ROWS = 5;
+#endif
+constexpr int LANES = BYTES / 4;
+constexpr int WIDE = 2 * LANES;  // outputs of a panel
+
+typedef float V __attribute__((vector_size(BYTES)));
+typedef int32_t VI __attribute__((vector_size(BYTES)));
+typedef float VU __attribute__((vector_size(BYTES), aligned(4)));
+
+inline V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
+inline void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
+inline V splat(float x) { return x - V{}; }
+template <class To, class From>
+inline To bits(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from, "a change of type, not of size");
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// The weights of one input, per format. float: lo, then hi.
+struct Float32 {
+  static constexpr int bytes = 2 * BYTES;
+  static inline void read(const char* p, V& lo, V& hi) {
+    lo = load(reinterpret_cast<const float*>(p));
+    hi = load(reinterpret_cast<const float*>(p) + LANES);
+  }
+};
+
+// bfloat16: words of 32 bits, lo in the lower half; a float is its upper 16 bits.
+struct BFloat16 {
+  static constexpr int bytes = BYTES;
+  static inline void read(const char* p, V& lo, V& hi) {
+    VI both;
+    std::memcpy(&both, p, sizeof both);
+    lo = bits<V>(both << 16);
+    hi = bits<V>(both & static_cast<int32_t>(0xffff0000));
+  }
+};
+
+// int8: lo, then hi; the scale of an output is applied to its sum.
+struct Int8 {
+  static constexpr int bytes = WIDE;
+  static inline void read(const char* p, V& lo, V& hi) {
+    lo = widen(p);
+    hi = widen(p + LANES);
+  }
+  static inline V widen(const char* p) {
+#ifdef __AVX512F__
+    const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return bits<V>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)));
+#else
+    const __m128i q = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return bits<V>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)));
+#endif
+  }
+};
+
+// Not inlined: what surrounds the loop must not compete with it for registers.
+template <class W, int M>
+__attribute__((noinline)) void multiply(const float* const* rows, const char* panel, int64_t K,
+                                        V* out_lo, V* out_hi) {
+  const float* a[M];
+  V lo[M], hi[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) a[m] = rows[m], lo[m] = V{}, hi[m] = V{};
+  for (int64_t k = 0; k < K; ++k, panel += W::bytes) {
+    __builtin_prefetch(panel + 2048);
+    V wlo, whi;
+    W::read(panel, wlo, whi);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      lo[m] += a[m][k] * wlo;
+      hi[m] += a[m][k] * whi;
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) out_lo[m] = lo[m], out_hi[m] = hi[m];
+}
+
+// Calls f with the number of rows as a constant.
+template <int M = ROWS, class F>
+inline void with_rows(int rows, F f) {
+  if constexpr (M > 0) {
+    if (rows == M) {
+      f(std::integral_constant<int, M>{});
+    } else {
+      with_rows<M - 1>(rows, f);
+    }
+  }
+}
+
+// Splits n rows into passes of nearly equal size: f(first, rows).
+template <class F>
+inline void in_passes(int64_t n, F f) {
+  const int64_t passes = (n + ROWS - 1) / ROWS;
+  for (int64_t p = 0; p < passes; ++p) {
+    const int64_t first = n * p / passes;
+    f(first, static_cast<int>(n * (p + 1) / passes - first));
+  }
+}
+
+}  // namespace
