@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from moesaic.models.architectures import Architecture, architecture_of
 from moesaic.nn.layer import MoELayer
-from moesaic.ops.weights import activation
+from moesaic.ops.weights import ExpertWeights, activation
 
 
 class FFN(NamedTuple):
@@ -51,6 +51,24 @@ class FFN(NamedTuple):
         if self.gate_FD is None:
             return act(up_TF)
         return act(nnf.linear(h_TD, self.gate_FD, self.gate_bias_F)) * up_TF
+
+    def as_expert(self) -> ExpertWeights:
+        """The network as one expert."""
+
+        def stack(gate: Tensor | None, up: Tensor | None) -> Tensor | None:
+            rows = up if gate is None or up is None else torch.cat([gate, up])
+            return None if rows is None else rows.unsqueeze(0)
+
+        up = stack(self.gate_FD, self.up_FD)
+        assert up is not None
+        return ExpertWeights(
+            up=up,
+            down=self.down_DF.unsqueeze(0),
+            activation=self.activation,
+            gated=self.gate_FD is not None,
+            up_bias=stack(self.gate_bias_F, self.up_bias_F),
+            down_bias=None if self.down_bias_D is None else self.down_bias_D.unsqueeze(0),
+        )
 
     def keep(self, neurons_K: Tensor) -> FFN:
         """The same network with only some neurons, in the order given."""

@@ -56,22 +56,27 @@ inline V scaled(V sum, const float* scale, const float* bias, int64_t at) {
   return sum;
 }
 
+// Neighbouring panels for one thread, as few as leave eight turns to each.
+inline int64_t chunk(int64_t panels) {
+  return std::clamp<int64_t>(panels / (8 * omp_get_num_threads()), 1, 4);
+}
+
 // out_TO = x_TI W^T + bias, or added to out.
 inline void linear(const Linear& w, const float* x, int64_t stride, int64_t T, float* out,
                    int64_t out_stride, bool add) {
   const int64_t panels = w.outputs / WIDE;
   with_format(w.format, [&](auto format) {
     using W = decltype(format);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, chunk(panels))
     for (int64_t p = 0; p < panels; ++p) {
       const char* panel = w.panels + p * w.inputs * W::bytes;
-      in_passes(T, [&](int64_t first, int rows) {
+      in_passes(T, w.inputs * W::bytes, [&](int64_t first, int rows, int64_t ahead) {
         with_rows(rows, [&](auto count) {
           constexpr int M = decltype(count)::value;
           const float* a[M];
           V lo[M], hi[M];
           for (int m = 0; m < M; ++m) a[m] = x + (first + m) * stride;
-          multiply<W, M>(a, panel, w.inputs, lo, hi);
+          multiply<W, M>(a, panel, w.inputs, ahead, lo, hi);
           for (int m = 0; m < M; ++m) {
             float* y = out + (first + m) * out_stride + p * WIDE;
             lo[m] = scaled(lo[m], w.scale, w.bias, p * WIDE);
@@ -128,18 +133,18 @@ inline void apply_experts(const Experts& e, const Slots& slots, const float* x, 
   const int64_t up_panels = F / per_panel, tiles = e.outputs / WIDE;
   with_format(e.format, [&](auto format) {
     using W = decltype(format);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, chunk(e.experts * up_panels))
     for (int64_t unit = 0; unit < e.experts * up_panels; ++unit) {
       const int64_t expert = unit / up_panels, p = unit % up_panels;
       const int64_t begin = slots.begin[expert], n = slots.begin[expert + 1] - begin;
       const char* panel = e.up + unit * e.inputs * W::bytes;
-      in_passes(n, [&](int64_t first, int rows) {
+      in_passes(n, e.inputs * W::bytes, [&](int64_t first, int rows, int64_t ahead) {
         with_rows(rows, [&](auto count) {
           constexpr int M = decltype(count)::value;
           const float* a[M];
           V lo[M], hi[M];
           for (int m = 0; m < M; ++m) a[m] = x + slots.token[begin + first + m] * stride;
-          multiply<W, M>(a, panel, e.inputs, lo, hi);
+          multiply<W, M>(a, panel, e.inputs, ahead, lo, hi);
           for (int m = 0; m < M; ++m) {
             const int64_t slot = begin + first + m;
             float* y = neurons + slot * F + p * per_panel;
@@ -170,13 +175,13 @@ inline void apply_experts(const Experts& e, const Slots& slots, const float* x, 
         const int64_t begin = slots.begin[expert], n = slots.begin[expert + 1] - begin;
         for (int64_t tile = n ? first_tile : last_tile; tile < last_tile; ++tile) {
           const char* panel = e.down + (expert * tiles + tile) * F * W::bytes;
-          in_passes(n, [&](int64_t first, int rows) {
+          in_passes(n, F * W::bytes, [&](int64_t first, int rows, int64_t ahead) {
             with_rows(rows, [&](auto count) {
               constexpr int M = decltype(count)::value;
               const float* a[M];
               V lo[M], hi[M];
               for (int m = 0; m < M; ++m) a[m] = neurons + (begin + first + m) * F;
-              multiply<W, M>(a, panel, F, lo, hi);
+              multiply<W, M>(a, panel, F, ahead, lo, hi);
               const int64_t at = expert * e.outputs + tile * WIDE;
               for (int m = 0; m < M; ++m) {
                 const int64_t slot = begin + first + m;

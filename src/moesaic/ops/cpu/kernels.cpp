@@ -3,7 +3,7 @@
 
 #include <new>
 
-#include "experts.h"
+#include "decoder.h"
 
 namespace {
 
@@ -18,6 +18,12 @@ int guarded(F f) {
   } catch (const std::bad_alloc&) {
     return 1;
   }
+}
+
+// Kept for the next call of this thread.
+Workspace& workspace() {
+  thread_local Workspace work;
+  return work;
 }
 
 }  // namespace
@@ -50,5 +56,62 @@ int moesaic_linear(const Linear* w, const float* x, int64_t T, float* out) {
 #pragma omp parallel
   linear(*w, x, w->inputs, T, out, w->outputs, false);
   return 0;
+}
+
+// h [T, stride] in and out, x [T, stride] scratch. Every layer's router is native. `active` is
+// null or [layers, T]: experts that each token used.
+int moesaic_layers(const Layer* layers, int64_t count, const Batch* b, float* h, float* x,
+                   int32_t* active) {
+  return guarded([&] {
+    Workspace& work = workspace();
+    work.all.all(b->tokens);
+    for (int64_t i = 0; i < count; ++i) reserve(layers[i], *b, work);
+#pragma omp parallel
+    for (int64_t i = 0; i < count; ++i) {
+      whole_layer(layers[i], *b, work, h, x);
+      if (active) {
+#pragma omp single
+        {
+          std::fill_n(active + i * b->tokens, b->tokens, 0);
+          for (int32_t token : work.slots.token) ++active[i * b->tokens + token];
+        }
+      }
+    }
+  });
+}
+
+// One layer in two calls, for a router that is not native: it reads x between them.
+int moesaic_attention(const Layer* layer, const Batch* b, float* h, float* x) {
+  return guarded([&] {
+    Workspace& work = workspace();
+    reserve(*layer, *b, work);
+#pragma omp parallel
+    attention_half(*layer, *b, work, h, x);
+  });
+}
+
+int moesaic_ffn(const Layer* layer, const Batch* b, float* h, const float* x, const int64_t* ids,
+                const float* weights, int64_t K) {
+  return guarded([&] {
+    Workspace& work = workspace();
+    work.all.all(b->tokens);
+    work.slots.sort(ids, weights, b->tokens, K, layer->experts.experts);
+    Workspace::at_least(work.output, b->tokens * b->stride);
+    Workspace::at_least(work.neurons, neurons_needed(*layer, work.slots, b->tokens));
+#pragma omp parallel
+    ffn_half(*layer, *b, work, x, h);
+  });
+}
+
+// out [rows, outputs] = head(norm(h)) of some rows of h.
+int moesaic_head(const Linear* w, const float* norm, double eps, const float* h, int64_t stride,
+                 const int64_t* rows, int64_t count, float* out) {
+  return guarded([&] {
+    std::vector<float> x(count * w->inputs);
+    for (int64_t i = 0; i < count; ++i)
+      rms_norm(h + rows[i] * stride, norm, eps, w->inputs, &x[i * w->inputs]);
+#pragma omp parallel
+    linear(*w, x.data(), w->inputs, count, out, w->outputs, false);
+  });
 }
 }

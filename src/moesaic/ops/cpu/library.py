@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 
 from moesaic._errors import RunError
+from moesaic.ops.cpu.structs import SIGNATURES
 
 logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("kernels.cpp", "experts.h", "activations.h", "panels.h")
-_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+_SOURCES = ("kernels.cpp", "decoder.h", "experts.h", "activations.h", "panels.h")
+_FLAGS = ("-shared", "-fPIC", "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 # By the names that torch gives them.
 _LEVELS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
@@ -35,44 +36,13 @@ _LEVELS = {
 }
 
 
-class Linear(ctypes.Structure):
-    """The struct of that name in experts.h."""
-
-    _fields_ = [
-        ("panels", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("inputs", ctypes.c_int64),
-        ("outputs", ctypes.c_int64),
-        ("format", ctypes.c_int64),
-    ]
-
-
-class Experts(ctypes.Structure):
-    """The struct of that name in experts.h."""
-
-    _fields_ = [
-        ("up", ctypes.c_void_p),
-        ("down", ctypes.c_void_p),
-        ("up_scale", ctypes.c_void_p),
-        ("down_scale", ctypes.c_void_p),
-        ("up_bias", ctypes.c_void_p),
-        ("down_bias", ctypes.c_void_p),
-        ("experts", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("inputs", ctypes.c_int64),
-        ("outputs", ctypes.c_int64),
-        ("format", ctypes.c_int64),
-        ("activation", ctypes.c_int64),
-        ("gated", ctypes.c_int64),
-    ]
-
-
 def why_not() -> str:
     """Why this machine cannot run the native code, in one clause; empty when it can."""
     level = torch.backends.cpu.get_cpu_capability()
     if platform.system() != "Linux" or level not in _LEVELS:
         return f"native kernels need Linux on x86 with AVX2, and this is {platform.machine()} {level}"
+    if not (_HERE / _SOURCES[0]).is_file():
+        return "native kernels are not part of the code beside a checkpoint; install moesaic"
     if shutil.which(_compiler()) is None and not _path(level).is_file():
         return f"native kernels need the compiler {_compiler()}; install g++ or set CXX"
     return ""
@@ -94,16 +64,9 @@ def library() -> ctypes.CDLL:
         _compile(path, level)
     loaded = ctypes.CDLL(str(path))
     loaded.moesaic_lanes.argtypes = []
-    for name, arguments in _SIGNATURES.items():
+    for name, arguments in SIGNATURES.items():
         getattr(loaded, name).argtypes = arguments
     return loaded
-
-
-_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
-_SIGNATURES = {
-    "moesaic_experts": [ctypes.POINTER(Experts), _POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER],
-    "moesaic_linear": [ctypes.POINTER(Linear), _POINTER, _INT, _POINTER],
-}
 
 
 def call(name: str, *arguments: object) -> None:

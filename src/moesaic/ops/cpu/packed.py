@@ -18,7 +18,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from moesaic._errors import InputError
-from moesaic.ops.cpu import library
+from moesaic.ops.cpu import library, structs
 from moesaic.ops.weights import ExpertWeights
 
 Format = Literal["float32", "bfloat16", "int8"]
@@ -61,11 +61,11 @@ class PackedLinear:
         self, weight_OI: Tensor, bias_O: Tensor | None, weight_format: Format = "float32"
     ) -> None:
         self.num_outputs, self.num_inputs = weight_OI.shape
-        rows_PRI = _pad(weight_OI, 0, 2 * _lanes()).unflatten(0, (-1, 2 * _lanes()))
+        rows_PRI = _pad(weight_OI, 0, 2 * lanes()).unflatten(0, (-1, 2 * lanes()))
         self._panels, self._scale = _pack(rows_PRI, weight_format)
-        self._bias = None if bias_O is None else _pad(bias_O.float(), 0, 2 * _lanes()).contiguous()
+        self._bias = None if bias_O is None else _pad(bias_O.float(), 0, 2 * lanes()).contiguous()
         self.padded = rows_PRI.shape[0] * rows_PRI.shape[1]
-        self.struct = library.Linear(
+        self.struct = structs.Linear(
             panels=self._panels.data_ptr(),
             scale=_pointer(self._scale),
             bias=_pointer(self._bias),
@@ -106,22 +106,22 @@ class PackedExperts:
                 f"activation {weights.activation or 'of its own'!r} has no native code; "
                 f"{', '.join(sorted(_ACTIVATIONS))} have"
             )
-        lanes = _lanes()
+        per_register = lanes()
         num_experts, dim, width = weights.down.shape
-        per_panel = lanes if weights.gated else 2 * lanes
+        per_panel = per_register if weights.gated else 2 * per_register
         up_PRI = _rows(weights.up, weights.gated, per_panel)
-        down_EOF = _pad(_pad(weights.down, 1, 2 * lanes), 2, per_panel)
+        down_EOF = _pad(_pad(weights.down, 1, 2 * per_register), 2, per_panel)
         self.num_experts, self.dim, self.width = num_experts, dim, width
         self._up, self._up_scale = _pack(up_PRI, weight_format)
-        down_PRF = down_EOF.reshape(-1, 2 * lanes, down_EOF.shape[2])
+        down_PRF = down_EOF.reshape(-1, 2 * per_register, down_EOF.shape[2])
         self._down, self._down_scale = _pack(down_PRF, weight_format)
         self._up_bias, self._down_bias = None, None
         if weights.up_bias is not None:
             self._up_bias = _rows(weights.up_bias.float(), weights.gated, per_panel).contiguous()
         if weights.down_bias is not None:
-            self._down_bias = _pad(weights.down_bias.float(), 1, 2 * lanes).contiguous()
+            self._down_bias = _pad(weights.down_bias.float(), 1, 2 * per_register).contiguous()
         self.padded = down_EOF.shape[1]
-        self.struct = library.Experts(
+        self.struct = structs.Experts(
             up=self._up.data_ptr(),
             down=self._down.data_ptr(),
             up_scale=_pointer(self._up_scale),
@@ -168,7 +168,7 @@ def experts_cpu(h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, packed: Packed
     return out_TD[:, : packed.dim].to(h_TD.dtype)
 
 
-def _lanes() -> int:
+def lanes() -> int:
     return int(library.library().moesaic_lanes())
 
 

@@ -80,16 +80,21 @@ struct Int8 {
   }
 };
 
-// Not inlined: what surrounds the loop must not compete with it for registers.
+// Not inlined: what surrounds the loop must not compete with it for registers. `ahead` says how
+// far beyond what it reads the loop fetches: a little, or a whole panel when this one is in the
+// cache already, so that memory works while the multipliers do.
+constexpr int64_t NEAR = 2048;
+
 template <class W, int M>
 __attribute__((noinline)) void multiply(const float* const* rows, const char* panel, int64_t K,
-                                        V* out_lo, V* out_hi) {
+                                        int64_t ahead, V* out_lo, V* out_hi) {
   const float* a[M];
   V lo[M], hi[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) a[m] = rows[m], lo[m] = V{}, hi[m] = V{};
   for (int64_t k = 0; k < K; ++k, panel += W::bytes) {
-    __builtin_prefetch(panel + 2048);
+    __builtin_prefetch(panel + ahead, 0, 2);
+    if constexpr (W::bytes > 64) __builtin_prefetch(panel + ahead + 64, 0, 2);
     V wlo, whi;
     W::read(panel, wlo, whi);
 #pragma GCC unroll 16
@@ -114,13 +119,13 @@ inline void with_rows(int rows, F f) {
   }
 }
 
-// Splits n rows into passes of nearly equal size: f(first, rows).
+// Splits n rows into passes over a panel, of nearly equal size: f(first, rows, ahead).
 template <class F>
-inline void in_passes(int64_t n, F f) {
+inline void in_passes(int64_t n, int64_t panel_bytes, F f) {
   const int64_t passes = (n + ROWS - 1) / ROWS;
   for (int64_t p = 0; p < passes; ++p) {
     const int64_t first = n * p / passes;
-    f(first, static_cast<int>(n * (p + 1) / passes - first));
+    f(first, static_cast<int>(n * (p + 1) / passes - first), p ? panel_bytes : NEAR);
   }
 }
 

@@ -1,0 +1,1 @@
+"""Running a converted or dense model: one decode engine, shared by all that generate."""

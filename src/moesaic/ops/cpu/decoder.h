@@ -1,0 +1,330 @@
+// The layers of a decoder over a cache of keys and values, for any mix of sequences: every row is
+// a token with the sequence (slot of the cache) and the position that it has.
+//
+// Shapes: T rows, D model width, H heads, G key-value heads, C floats of a head.
+
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "experts.h"
+
+namespace {
+
+// The structs are mirrored, field by field, in decoder.py.
+struct Attention {
+  Linear qkv;           // rows of all queries, then keys, then values
+  Linear out;
+  const float* q_norm;  // [C], or [H C] when `norm_whole`, or null
+  const float* k_norm;
+  const float* cos;     // [length, rotary], or null: no rotation in this layer
+  const float* sin;
+  float* keys;          // [slots, G, length / WIDE] panels of C inputs: outputs are positions
+  float* values;        // [slots, G, padded C / WIDE] panels of `length` inputs
+  int64_t norm_whole;
+  int64_t rotary;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t head_dim;
+  int64_t window;  // positions seen, itself included; 0: all
+  double scale;
+  double softcap;  // 0: none
+};
+
+struct Router {
+  Linear scores;  // panels null: every expert for every token
+  double threshold;
+  int64_t value_one;
+  int64_t normalize;
+};
+
+struct Layer {
+  const float* attention_norm;  // [D], before; or null
+  const float* attention_post;  // after, before the sum; or null
+  const float* ffn_norm;
+  const float* ffn_post;
+  const float* output_bias;  // [D] or null
+  double eps;
+  Attention attention;
+  Router router;
+  Experts experts;  // none: experts = 0
+  Experts shared;
+};
+
+struct Batch {
+  const int64_t* slot;      // [T]
+  const int64_t* position;  // [T]
+  int64_t tokens;
+  int64_t dim;
+  int64_t stride;  // of rows of D floats
+  int64_t length;  // positions that the cache holds, a multiple of WIDE
+};
+
+struct Workspace {
+  std::vector<float> qkv, heads, output, scores, neurons;
+  Slots slots, all;
+
+  static float* at_least(std::vector<float>& buffer, int64_t size) {
+    if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+    return buffer.data();
+  }
+};
+
+inline float sum(V v) {
+  float total = 0.0f;
+  for (int i = 0; i < LANES; ++i) total += v[i];
+  return total;
+}
+
+// y = x / rms(x) * weight, over n floats; in place too.
+inline void rms_norm(const float* x, const float* weight, double eps, int64_t n, float* y) {
+  V squares{};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) squares += load(x + i) * load(x + i);
+  float total = sum(squares);
+  for (; i < n; ++i) total += x[i] * x[i];
+  const float factor = 1.0f / std::sqrt(total / static_cast<float>(n) + static_cast<float>(eps));
+  for (i = 0; i < n; ++i) y[i] = x[i] * factor * weight[i];
+}
+
+// x_T = norm(h_T), or a copy.
+inline void norm_rows(const Batch& b, const float* weight, double eps, const float* h, float* x) {
+#pragma omp for schedule(static)
+  for (int64_t t = 0; t < b.tokens; ++t) {
+    if (weight) rms_norm(h + t * b.stride, weight, eps, b.dim, x + t * b.stride);
+    else std::copy_n(h + t * b.stride, b.dim, x + t * b.stride);
+  }
+}
+
+// h_T += norm(y_T).
+inline void add_normed(const Batch& b, const float* weight, double eps, float* y, float* h) {
+#pragma omp for schedule(static)
+  for (int64_t t = 0; t < b.tokens; ++t) {
+    rms_norm(y + t * b.stride, weight, eps, b.dim, y + t * b.stride);
+    for (int64_t i = 0; i < b.dim; ++i) h[t * b.stride + i] += y[t * b.stride + i];
+  }
+}
+
+inline void rotate(const float* cos, const float* sin, int64_t rotary, float* x) {
+  for (int64_t i = 0, half = rotary / 2; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + half] = b * cos[i + half] + a * sin[i + half];
+  }
+}
+
+inline int64_t padded(int64_t n) { return (n + WIDE - 1) / WIDE * WIDE; }
+
+// Normalises and rotates queries and keys, and puts keys and values into the cache.
+inline void remember(const Attention& a, const Batch& b, double eps, float* qkv) {
+  const int64_t C = a.head_dim, G = a.kv_heads;
+#pragma omp for schedule(static)
+  for (int64_t t = 0; t < b.tokens; ++t) {
+    float* q = qkv + t * a.qkv.outputs;
+    float* k = q + a.heads * C;
+    const float* v = k + G * C;
+    const int64_t position = b.position[t];
+    if (a.q_norm && a.norm_whole) {
+      rms_norm(q, a.q_norm, eps, a.heads * C, q);
+      rms_norm(k, a.k_norm, eps, G * C, k);
+    } else if (a.q_norm) {
+      for (int64_t i = 0; i < a.heads; ++i) rms_norm(q + i * C, a.q_norm, eps, C, q + i * C);
+      for (int64_t i = 0; i < G; ++i) rms_norm(k + i * C, a.k_norm, eps, C, k + i * C);
+    }
+    if (a.cos)  // queries and keys follow each other
+      for (int64_t i = 0; i < a.heads + G; ++i)
+        rotate(a.cos + position * a.rotary, a.sin + position * a.rotary, a.rotary, q + i * C);
+    for (int64_t g = 0; g < G; ++g) {
+      const int64_t head = b.slot[t] * G + g;
+      float* keys = a.keys + head * b.length * C + position / WIDE * C * WIDE + position % WIDE;
+      for (int64_t c = 0; c < C; ++c) keys[c * WIDE] = k[g * C + c];
+      float* values = a.values + head * padded(C) * b.length + position * WIDE;
+      for (int64_t c = 0; c < C; c += WIDE)
+        std::copy_n(v + g * C + c, std::min<int64_t>(WIDE, C - c), values + c * b.length);
+    }
+  }
+}
+
+// Attention of rows [first, last), which are of one sequence, for the queries of one key-value head.
+inline void attend(const Attention& a, const Batch& b, const float* qkv, int64_t first,
+                   int64_t last, int64_t g, float* out) {
+  thread_local std::vector<float> weights, sums;
+  thread_local std::vector<const float*> rows;
+  const int64_t C = a.head_dim, per = a.heads / a.kv_heads, n = (last - first) * per;
+  int64_t begin = 0, end = 0;
+  for (int64_t t = first; t < last; ++t) {
+    end = std::max(end, b.position[t] + 1);
+    const int64_t seen = a.window ? std::max<int64_t>(0, b.position[t] + 1 - a.window) : 0;
+    begin = t == first ? seen : std::min(begin, seen);
+  }
+  begin = begin / WIDE * WIDE;
+  const int64_t seen = padded(end - begin), head = b.slot[first] * a.kv_heads + g;
+  if (static_cast<int64_t>(weights.size()) < n * seen) weights.resize(n * seen);
+  sums.resize(n);
+  rows.resize(n);
+  auto row = [&](int64_t i) { return first + i / per; };
+  auto column = [&](int64_t i) { return (g * per + i % per) * C; };
+  for (int64_t i = 0; i < n; ++i) rows[i] = qkv + row(i) * a.qkv.outputs + column(i);
+  const float* keys = a.keys + head * b.length * C + begin * C;
+  for (int64_t at = 0; at < seen; at += WIDE) {
+    in_passes(n, C * Float32::bytes, [&](int64_t from, int count, int64_t ahead) {
+      with_rows(count, [&](auto number) {
+        constexpr int M = decltype(number)::value;
+        V lo[M], hi[M];
+        multiply<Float32, M>(&rows[from], reinterpret_cast<const char*>(keys + at * C), C, ahead,
+                             lo, hi);
+        for (int m = 0; m < M; ++m) {
+          store(&weights[(from + m) * seen + at], lo[m]);
+          store(&weights[(from + m) * seen + at + LANES], hi[m]);
+        }
+      });
+    });
+  }
+  const float scale = static_cast<float>(a.scale), cap = static_cast<float>(a.softcap);
+  for (int64_t i = 0; i < n; ++i) {
+    float* w = &weights[i * seen];
+    const int64_t position = b.position[row(i)];
+    const int64_t from = a.window ? std::max<int64_t>(begin, position + 1 - a.window) : begin;
+    // What lies outside is masked: the cache holds anything there.
+    std::fill(w, w + (from - begin), -std::numeric_limits<float>::infinity());
+    std::fill(w + (position + 1 - begin), w + seen, -std::numeric_limits<float>::infinity());
+    float largest = -std::numeric_limits<float>::infinity();
+    for (int64_t j = from - begin; j <= position - begin; ++j) {
+      w[j] *= scale;
+      if (cap != 0.0f) w[j] = cap * std::tanh(w[j] / cap);
+      largest = std::max(largest, w[j]);
+    }
+    V total{};
+    for (int64_t j = 0; j < seen; j += LANES) {
+      const V x = load(w + j) - largest;
+      const V e = x < -87.0f ? V{} : exponential(x);
+      total += e;
+      store(w + j, e);
+    }
+    sums[i] = sum(total);
+    rows[i] = w;
+  }
+  const float* values = a.values + head * padded(C) * b.length + begin * WIDE;
+  for (int64_t c = 0; c < C; c += WIDE) {
+    in_passes(n, b.length * Float32::bytes, [&](int64_t from, int count, int64_t ahead) {
+      with_rows(count, [&](auto number) {
+        constexpr int M = decltype(number)::value;
+        V lo[M], hi[M];
+        multiply<Float32, M>(&rows[from], reinterpret_cast<const char*>(values + c * b.length),
+                             end - begin, ahead, lo, hi);
+        for (int m = 0; m < M; ++m) {
+          float both[WIDE];
+          store(both, lo[m] / sums[from + m]);
+          store(both + LANES, hi[m] / sums[from + m]);
+          std::copy_n(both, std::min<int64_t>(WIDE, C - c),
+                      out + row(from + m) * a.out.inputs + column(from + m) + c);
+        }
+      });
+    });
+  }
+}
+
+// h += attention(norm(h)); x = what the feed-forward network reads. Called by a whole team.
+inline void attention_half(const Layer& layer, const Batch& b, Workspace& work, float* h, float* x) {
+  const Attention& a = layer.attention;
+  float *qkv = work.qkv.data(), *heads = work.heads.data(), *output = work.output.data();
+  norm_rows(b, layer.attention_norm, layer.eps, h, x);
+  linear(a.qkv, x, b.stride, b.tokens, qkv, a.qkv.outputs, false);
+  remember(a, b, layer.eps, qkv);
+  // As many rows of one sequence as fill a pass share its keys and values.
+  const int64_t group = std::max<int64_t>(1, ROWS / (a.heads / a.kv_heads));
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t unit = 0; unit < b.tokens * a.kv_heads; ++unit) {
+    const int64_t t = unit / a.kv_heads;
+    int64_t before = 0;  // rows of the same sequence right before this one
+    while (before < t && b.slot[t - before - 1] == b.slot[t]) ++before;
+    if (before % group) continue;
+    int64_t last = t + 1;
+    while (last < b.tokens && last < t + group && b.slot[last] == b.slot[t]) ++last;
+    attend(a, b, qkv, t, last, unit % a.kv_heads, heads);
+  }
+  if (layer.attention_post) {
+    linear(a.out, heads, a.out.inputs, b.tokens, output, b.stride, false);
+    add_normed(b, layer.attention_post, layer.eps, output, h);
+  } else {
+    linear(a.out, heads, a.out.inputs, b.tokens, h, b.stride, true);
+  }
+  norm_rows(b, layer.ffn_norm, layer.eps, h, x);
+}
+
+// h += experts(x), for the slots in `work`. Called by a whole team.
+inline void ffn_half(const Layer& layer, const Batch& b, Workspace& work, const float* x, float* h) {
+  float* out = layer.ffn_post ? work.output.data() : h;
+  float* neurons = work.neurons.data();
+  bool add = !layer.ffn_post;
+  if (layer.experts.experts) {
+    apply_experts(layer.experts, work.slots, x, b.stride, b.tokens, neurons, out, b.stride, add);
+    add = true;
+  }
+  if (layer.shared.experts) {
+    apply_experts(layer.shared, work.all, x, b.stride, b.tokens, neurons, out, b.stride, add);
+    add = true;
+  }
+  if (layer.output_bias) {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < b.tokens; ++t)
+      for (int64_t i = 0; i < b.dim; ++i)
+        out[t * b.stride + i] = (add ? out[t * b.stride + i] : 0.0f) + layer.output_bias[i];
+  }
+  if (layer.ffn_post) add_normed(b, layer.ffn_post, layer.eps, out, h);
+}
+
+// Turns gate logits [T, E] into slots. Called by one thread.
+inline void decide(const Router& router, int64_t E, int64_t T, const float* scores, Slots& slots) {
+  thread_local std::vector<int64_t> ids;
+  thread_local std::vector<float> weights;
+  ids.resize(T * E);
+  weights.resize(T * E);
+  for (int64_t t = 0; t < T; ++t) {
+    int64_t count = 0;
+    for (int64_t e = 0; e < E; ++e) {
+      const float gate = 1.0f / (1.0f + std::exp(-scores[t * router.scores.outputs + e]));
+      const bool on = gate > static_cast<float>(router.threshold);
+      ids[t * E + e] = on ? e : E;
+      weights[t * E + e] = on ? (router.value_one ? 1.0f : gate) : 0.0f;
+      count += on;
+    }
+    if (router.normalize && count)
+      for (int64_t e = 0; e < E; ++e)
+        weights[t * E + e] *= static_cast<float>(E) / static_cast<float>(count);
+  }
+  slots.sort(ids.data(), weights.data(), T, E, E);
+}
+
+inline int64_t neurons_needed(const Layer& layer, const Slots& slots, int64_t T) {
+  const int64_t routed = layer.experts.experts ? slots.count() * layer.experts.width : 0;
+  return std::max(routed, layer.shared.experts ? T * layer.shared.width : 0);
+}
+
+inline void reserve(const Layer& layer, const Batch& b, Workspace& work) {
+  Workspace::at_least(work.qkv, b.tokens * layer.attention.qkv.outputs);
+  Workspace::at_least(work.heads, b.tokens * layer.attention.out.inputs);
+  Workspace::at_least(work.output, b.tokens * b.stride);
+  if (layer.router.scores.panels)
+    Workspace::at_least(work.scores, b.tokens * layer.router.scores.outputs);
+}
+
+// One layer whose router is native, or that has none.
+inline void whole_layer(const Layer& layer, const Batch& b, Workspace& work, float* h, float* x) {
+  attention_half(layer, b, work, h, x);
+  if (layer.router.scores.panels)
+    linear(layer.router.scores, x, b.stride, b.tokens, work.scores.data(),
+           layer.router.scores.outputs, false);
+#pragma omp single
+  {
+    if (layer.router.scores.panels)
+      decide(layer.router, layer.experts.experts, b.tokens, work.scores.data(), work.slots);
+    else
+      work.slots.all(b.tokens);
+    Workspace::at_least(work.neurons, neurons_needed(layer, work.slots, b.tokens));
+  }
+  ffn_half(layer, b, work, x, h);
+}
+
+}  // namespace
