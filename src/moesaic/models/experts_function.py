@@ -98,6 +98,7 @@ def expert_weights(module: Any) -> ExpertWeights:
         up_bias=getattr(module, f"{up_name}_bias") if module.has_bias else None,
         down_bias=module.down_proj_bias if module.has_bias else None,
         glu=glu,
+        packed=getattr(module, "moesaic_packed", None),
     )
 
 

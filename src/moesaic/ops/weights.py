@@ -6,13 +6,16 @@ Shapes: T tokens, K slots per token, E experts, F width of one expert, D model w
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic._errors import UnknownNameError
 from moesaic._registry import unknown_name
+
+if TYPE_CHECKING:
+    from moesaic.ops.cpu.packed import PackedExperts
 
 
 def _relu2(x: Tensor) -> Tensor:
@@ -60,6 +63,7 @@ class ExpertWeights(NamedTuple):
         up_bias: [E, 2F] or [E, F], or none.
         down_bias: [E, D], or none; scaled by the slot's weight like the rest of the output.
         glu: Maps the up product of one expert to its neurons where no activation's name can.
+        packed: The same weights once more, in the order in which the native CPU code reads them.
     """
 
     up: Tensor
@@ -69,6 +73,7 @@ class ExpertWeights(NamedTuple):
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     glu: Callable[[Tensor], Tensor] | None = None
+    packed: PackedExperts | None = None
 
     @property
     def num_experts(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -14,6 +15,9 @@ from moesaic.nn.routing import Routing
 from moesaic.ops.masked import experts_masked
 from moesaic.ops.select import Backend, apply_experts
 from moesaic.ops.weights import ExpertWeights, activation
+
+if TYPE_CHECKING:
+    from moesaic.ops.cpu.packed import PackedExperts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +43,13 @@ class Experts(nn.Module, ABC):
         num_experts: E.
         width: F, neurons of one expert.
         backend: Path that computes them; `auto` chooses (see `moesaic.ops.select`).
+        packed: A copy for the native CPU code; see `moesaic.inference.pack_experts`.
     """
 
     num_experts: int
     width: int
     backend: Backend = "auto"
+    packed: PackedExperts | None = None
 
     @abstractmethod
     def weights(self) -> ExpertWeights:
@@ -57,7 +63,8 @@ class Experts(nn.Module, ABC):
         """Sum the weighted outputs of each token's experts, [T, D]; without routing, of all."""
         if routing is None:
             return self.dense(h_TD)
-        return apply_experts(h_TD, routing.ids_TK, routing.weights_TK, self.weights(), self.backend)
+        weights = self.weights()._replace(packed=self.packed)
+        return apply_experts(h_TD, routing.ids_TK, routing.weights_TK, weights, self.backend)
 
     def dense(self, h_TD: Tensor) -> Tensor:
         """Sum all experts at weight one: the dense FFN, [T, D]."""

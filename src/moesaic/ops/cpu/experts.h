@@ -56,9 +56,19 @@ inline V scaled(V sum, const float* scale, const float* bias, int64_t at) {
   return sum;
 }
 
-// Neighbouring panels for one thread, as few as leave eight turns to each.
-inline int64_t chunk(int64_t panels) {
-  return std::clamp<int64_t>(panels / (8 * omp_get_num_threads()), 1, 4);
+// Shares units of work among the threads. The work of few rows is to read memory: each thread
+// reads one long run of it. That of many is shared in small portions, of neighbours still, so
+// that a thread that is held up does not hold up all.
+template <class F>
+inline void share(int64_t units, int64_t rows, F f) {
+  if (rows <= ROWS) {
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < units; ++unit) f(unit);
+  } else {
+    const int64_t portion = std::clamp<int64_t>(units / (8 * omp_get_num_threads()), 1, 4);
+#pragma omp for schedule(dynamic, portion)
+    for (int64_t unit = 0; unit < units; ++unit) f(unit);
+  }
 }
 
 // out_TO = x_TI W^T + bias, or added to out.
@@ -67,8 +77,7 @@ inline void linear(const Linear& w, const float* x, int64_t stride, int64_t T, f
   const int64_t panels = w.outputs / WIDE;
   with_format(w.format, [&](auto format) {
     using W = decltype(format);
-#pragma omp for schedule(dynamic, chunk(panels))
-    for (int64_t p = 0; p < panels; ++p) {
+    share(panels, T, [&](int64_t p) {
       const char* panel = w.panels + p * w.inputs * W::bytes;
       in_passes(T, w.inputs * W::bytes, [&](int64_t first, int rows, int64_t ahead) {
         with_rows(rows, [&](auto count) {
@@ -86,7 +95,7 @@ inline void linear(const Linear& w, const float* x, int64_t stride, int64_t T, f
           }
         });
       });
-    }
+    });
   });
 }
 
@@ -95,6 +104,7 @@ struct Slots {
   std::vector<int64_t> begin;  // [E + 1]
   std::vector<int32_t> token;  // [N]
   std::vector<float> weight;   // [N]
+  std::vector<int64_t> used;   // experts that hold any
 
   int64_t count() const { return begin.back(); }
 
@@ -104,7 +114,11 @@ struct Slots {
     auto held = [&](int64_t i) { return ids[i] >= 0 && ids[i] < E && weights[i] != 0.0f; };
     for (int64_t i = 0; i < T * K; ++i)
       if (held(i)) ++begin[ids[i] + 1];
-    for (int64_t e = 0; e < E; ++e) begin[e + 1] += begin[e];
+    used.clear();
+    for (int64_t e = 0; e < E; ++e) {
+      if (begin[e + 1]) used.push_back(e);
+      begin[e + 1] += begin[e];
+    }
     token.resize(begin[E]);
     weight.resize(begin[E]);
     std::vector<int64_t> next(begin.begin(), begin.end() - 1);
@@ -119,6 +133,7 @@ struct Slots {
   // One expert for every token, at weight one.
   void all(int64_t T) {
     begin = {0, T};
+    used = {0};
     token.resize(T);
     weight.assign(T, 1.0f);
     for (int64_t t = 0; t < T; ++t) token[t] = static_cast<int32_t>(t);
@@ -133,11 +148,12 @@ inline void apply_experts(const Experts& e, const Slots& slots, const float* x, 
   const int64_t up_panels = F / per_panel, tiles = e.outputs / WIDE;
   with_format(e.format, [&](auto format) {
     using W = decltype(format);
-#pragma omp for schedule(dynamic, chunk(e.experts * up_panels))
-    for (int64_t unit = 0; unit < e.experts * up_panels; ++unit) {
-      const int64_t expert = unit / up_panels, p = unit % up_panels;
+    const int64_t used = slots.used.size();
+    share(used * up_panels, T, [&](int64_t unit) {
+      const int64_t expert = slots.used[unit / up_panels], p = unit % up_panels;
       const int64_t begin = slots.begin[expert], n = slots.begin[expert + 1] - begin;
-      const char* panel = e.up + unit * e.inputs * W::bytes;
+      const int64_t index = expert * up_panels + p;
+      const char* panel = e.up + index * e.inputs * W::bytes;
       in_passes(n, e.inputs * W::bytes, [&](int64_t first, int rows, int64_t ahead) {
         with_rows(rows, [&](auto count) {
           constexpr int M = decltype(count)::value;
@@ -148,8 +164,8 @@ inline void apply_experts(const Experts& e, const Slots& slots, const float* x, 
           for (int m = 0; m < M; ++m) {
             const int64_t slot = begin + first + m;
             float* y = neurons + slot * F + p * per_panel;
-            lo[m] = scaled(lo[m], e.up_scale, e.up_bias, unit * WIDE);
-            hi[m] = scaled(hi[m], e.up_scale, e.up_bias, unit * WIDE + LANES);
+            lo[m] = scaled(lo[m], e.up_scale, e.up_bias, index * WIDE);
+            hi[m] = scaled(hi[m], e.up_scale, e.up_bias, index * WIDE + LANES);
             const V act = activate(e.activation, lo[m]) * slots.weight[slot];
             if (e.gated) {
               store(y, act * hi[m]);
@@ -160,20 +176,19 @@ inline void apply_experts(const Experts& e, const Slots& slots, const float* x, 
           }
         });
       });
-    }
-    // A thread owns columns, so that sums need no other thread; several units per thread, so
-    // that one that is held up does not hold up all.
-    const int64_t units = std::min<int64_t>(tiles, 4 * omp_get_num_threads());
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t unit = 0; unit < units; ++unit) {
+    });
+    // A thread owns columns, so that sums need no other thread.
+    const int64_t per_thread = T <= ROWS ? 1 : 4;
+    const int64_t units = std::min<int64_t>(tiles, per_thread * omp_get_num_threads());
+    share(units, T, [&](int64_t unit) {
       const int64_t first_tile = tiles * unit / units, last_tile = tiles * (unit + 1) / units;
       if (!add)
         for (int64_t t = 0; t < T; ++t)
           std::fill_n(out + t * out_stride + first_tile * WIDE, (last_tile - first_tile) * WIDE,
                       0.0f);
-      for (int64_t expert = 0; expert < e.experts; ++expert) {
+      for (const int64_t expert : slots.used) {
         const int64_t begin = slots.begin[expert], n = slots.begin[expert + 1] - begin;
-        for (int64_t tile = n ? first_tile : last_tile; tile < last_tile; ++tile) {
+        for (int64_t tile = first_tile; tile < last_tile; ++tile) {
           const char* panel = e.down + (expert * tiles + tile) * F * W::bytes;
           in_passes(n, F * W::bytes, [&](int64_t first, int rows, int64_t ahead) {
             with_rows(rows, [&](auto count) {
@@ -202,7 +217,7 @@ inline void apply_experts(const Experts& e, const Slots& slots, const float* x, 
           });
         }
       }
-    }
+    });
   });
 }
 

@@ -107,11 +107,12 @@ class PackedExperts:
                 f"{', '.join(sorted(_ACTIVATIONS))} have"
             )
         per_register = lanes()
-        num_experts, dim, width = weights.down.shape
+        num_experts, dim, _ = weights.down.shape
         per_panel = per_register if weights.gated else 2 * per_register
         up_PRI = _rows(weights.up, weights.gated, per_panel)
         down_EOF = _pad(_pad(weights.down, 1, 2 * per_register), 2, per_panel)
-        self.num_experts, self.dim, self.width = num_experts, dim, width
+        self.num_experts, self.dim = num_experts, dim
+        self._packed_from = _versions(weights)
         self._up, self._up_scale = _pack(up_PRI, weight_format)
         down_PRF = down_EOF.reshape(-1, 2 * per_register, down_EOF.shape[2])
         self._down, self._down_scale = _pack(down_PRF, weight_format)
@@ -136,6 +137,10 @@ class PackedExperts:
             activation=_ACTIVATIONS[weights.activation],
             gated=weights.gated,
         )
+
+    def is_copy_of(self, weights: ExpertWeights) -> bool:
+        """Whether these are still the weights that were packed, unchanged."""
+        return self._packed_from == _versions(weights)
 
     @property
     def num_bytes(self) -> int:
@@ -170,6 +175,11 @@ def experts_cpu(h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, packed: Packed
 
 def lanes() -> int:
     return int(library.library().moesaic_lanes())
+
+
+def _versions(weights: ExpertWeights) -> list[tuple[int, int]]:
+    tensors = (weights.up, weights.down, weights.up_bias, weights.down_bias)
+    return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors if x is not None]
 
 
 def _pointer(x: Tensor | None) -> int | None:
