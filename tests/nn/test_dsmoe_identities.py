@@ -12,6 +12,7 @@ import torch.nn.functional as nnf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nn_cases import expert_outputs, make_layer, make_loss, tokens
+from torch.utils.flop_counter import FlopCounterMode
 
 from moesaic.nn.layer import all_experts_on, record_routing
 from moesaic.ops import grouped
@@ -100,6 +101,54 @@ def test_without_the_estimator_gates_that_are_off_learn_nothing():
 def test_values_do_not_depend_on_the_estimator():
     through, hard = gated()[2], gated(estimator="hard")[2]
     assert torch.equal(through, hard)
+    torch.testing.assert_close(gated(estimator="hard-skip")[2], through)
+
+
+def test_hard_skip_learns_what_hard_learns():
+    def gradients(estimator):
+        moe, h_TD, y_TD, routing = gated(estimator=estimator)
+        mask_BS = torch.ones(1, T, dtype=torch.bool)
+        u_TD = tokens(T, seed=5, dtype=torch.float64)
+        ((y_TD * u_TD).sum() + make_loss("sparsity")(routing, mask_BS)).backward()
+        named = {name: p.grad for name, p in moe.named_parameters()}
+        return {"h": h_TD.grad, "scores": routing.scores_TE.grad, **named}
+
+    hard, skip = gradients("hard"), gradients("hard-skip")
+    assert hard.keys() == skip.keys()
+    for name, value in hard.items():
+        torch.testing.assert_close(skip[name], value, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("of", ["gates", "straight-through"])
+def test_hard_skip_leaves_gates_that_are_off_to_the_losses(of):
+    def scores_grad(with_output):
+        moe, h_TD, y_TD, routing = gated(estimator="hard-skip")
+        loss = make_loss("sparsity", of=of)(routing, torch.ones(1, T, dtype=torch.bool))
+        u_TD = tokens(T, seed=5, dtype=torch.float64)
+        (loss + with_output * (y_TD * u_TD).sum()).backward()
+        return routing.scores_TE.grad, closed_form(moe, h_TD, routing)[1]
+
+    (both, on_TE), (from_loss, _) = scores_grad(True), scores_grad(False)
+    assert torch.equal(both[~on_TE], from_loss[~on_TE])
+    assert (both != from_loss)[on_TE].all()
+
+
+def test_hard_skip_does_not_compute_experts_that_are_off():
+    def flops(estimator):
+        config = {"estimator": estimator}
+        moe = make_layer(dtype=torch.float32, width=128, router_config=config).train()
+        h_TD = tokens(63).requires_grad_()
+        with FlopCounterMode(display=False) as counter, record_routing(moe) as routings:
+            moe(h_TD).sum().backward()
+        return counter.get_total_flops(), routings[0].active_T().sum().item()
+
+    # Products with 17 inputs: three of the experts' matrices and one of the router, each once
+    # forward and twice backward.
+    through, num_active = flops("straight-through")
+    router, expert = 3 * 2 * 63 * 17 * N, 3 * 2 * 17 * 3 * 128
+    assert through == router + 63 * N * expert
+    assert flops("hard-skip") == (router + num_active * expert, num_active)
+    assert 0 < num_active < 63 * N
 
 
 def test_experts_that_are_off_learn_nothing():

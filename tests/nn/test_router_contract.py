@@ -73,6 +73,22 @@ def test_training_and_evaluation_weigh_alike(name):
     assert 0 < train.active_TE().sum() < 63 * E
 
 
+@pytest.mark.parametrize("estimator", ["straight-through", "hard", "hard-skip"])
+def test_estimators_change_no_value(estimator):
+    h_TD = tokens(63)
+    router = make_router("sigmoid-threshold", E, estimator=estimator)
+    expected = make_router("sigmoid-threshold", E)(h_TD)
+    for training in (True, False):
+        routing = router.train(training)(h_TD)
+        check_values(routing, 63, E)
+        assert torch.equal(routing.weights_TE(), expected.weights_TE())
+        held_TK = routing.ids_TK < E
+        if training and estimator != "hard-skip":
+            assert held_TK.all()
+        else:
+            assert torch.equal(held_TK, expected.active_TE())
+
+
 @each_router
 def test_permuting_tokens_permutes_the_routing(name):
     router, h_TD = make_router(name, E), tokens(63)
@@ -207,6 +223,11 @@ def test_fresh_weights_are_small_and_differ(name):
             "sigmoid-threshold",
             {"value": "one", "estimator": "hard"},
             r"value 'one' leaves estimator 'hard' no gradient; use",
+        ),
+        (
+            "sigmoid-threshold",
+            {"value": "one", "estimator": "hard-skip"},
+            r"value 'one' leaves estimator 'hard-skip' no gradient; use",
         ),
         ("top-p", {"threshold": 1.1}, r"threshold must be in \[0, 1\], got 1.1"),
         ("topk-softmax", {"top_k": 0}, r"top_k must be at least 1, got 0"),

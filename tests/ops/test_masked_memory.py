@@ -16,7 +16,7 @@ from moesaic.ops.masked import experts_masked
 
 
 class Largest(TorchDispatchMode):
-    """Notes the elements of the largest tensor that any operation gives."""
+    """Notes the elements of the largest storage that any operation gives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,9 @@ class Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self.num_elements = max(self.num_elements, leaf.numel())
+                # A view may have more elements than there is memory behind it.
+                size = leaf.untyped_storage().nbytes() // leaf.itemsize
+                self.num_elements = max(self.num_elements, size)
         return out
 
 

@@ -82,3 +82,12 @@ def test_auto_knows_training_by_its_gradients(paths, leaf):
     with torch.no_grad():
         apply_experts(*inputs)
     assert paths == ["grouped", "masked", "grouped"]
+
+
+def test_empty_slots_are_not_computed_in_training_either(paths):
+    inputs = Case(K=6, F=128, pattern="some-empty").inputs(torch.float32)
+    inputs.h_TD.requires_grad_()
+    apply_experts(*inputs)
+    # A router that needs every expert gives all tokens one row of ids.
+    apply_experts(*inputs._replace(ids_TK=torch.arange(6).expand(63, 6)))
+    assert paths == ["grouped", "masked"]

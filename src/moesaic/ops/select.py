@@ -34,7 +34,8 @@ def choose(num_tokens: int, num_slots: int, weights: ExpertWeights, *, training:
         num_tokens: T of this call.
         num_slots: K of this call; K = E means that the router decides on every expert.
         weights: The experts.
-        training: Whether gradients are wanted.
+        training: Whether gradients are wanted and every slot holds an expert, so that the output
+            of each is needed, also at weight zero.
 
     Returns:
         `masked` where every expert's output is needed or skipping would cost more than it saves,
@@ -64,11 +65,20 @@ def apply_experts(
     """Compute `experts_reference` on the chosen path; same arguments, same result."""
     if backend == "auto":
         grad = torch.is_grad_enabled() and (weights_TK.requires_grad or h_TD.requires_grad)
-        backend = choose(h_TD.shape[0], ids_TK.shape[1], weights, training=grad)
+        training = grad and _holds_all(ids_TK, weights.num_experts)
+        backend = choose(h_TD.shape[0], ids_TK.shape[1], weights, training=training)
     if backend == "masked":
         return experts_masked(h_TD, spread(ids_TK, weights_TK, weights.num_experts), weights)
     function = experts_reference if backend == "reference" else experts_grouped
     return function(h_TD, ids_TK, weights_TK, weights)
+
+
+def _holds_all(ids_TK: Tensor, num_experts: int) -> bool:
+    """Whether no slot is empty."""
+    if ids_TK.stride(0) == 0:
+        # One row for all tokens leaves nothing to skip, and a GPU is not waited for.
+        return True
+    return bool(((ids_TK >= 0) & (ids_TK < num_experts)).all())
 
 
 def spread(ids_TK: Tensor, values_TK: Tensor, num_experts: int) -> Tensor:

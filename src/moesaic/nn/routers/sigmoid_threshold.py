@@ -1,8 +1,8 @@
 """DSMoE's router: an independent sigmoid gate per expert, on where it exceeds a threshold.
 
 Source: DSMoE, arXiv 2502.12455, section 3.2. Ours: the count of active experts is clamped to one
-(the paper leaves 0/0 open), the optional bias, the weight of one and the switch for the
-normalisation.
+(the paper leaves 0/0 open), the optional bias, the weight of one, the switch for the
+normalisation and the estimator that skips.
 
 Shapes: T tokens, D model width, E experts.
 """
@@ -29,6 +29,9 @@ class SigmoidThresholdConfig:
         estimator: `straight-through` (the paper) lets an expert that is off learn whether its
             output would have lowered the loss. `hard` (its Table 3) gives gates that are off no
             gradient; `soft` (its Figure 2) trains with all gates on and thresholds at inference.
+            `hard-skip` (ours, not the paper's method) learns exactly what `hard` does and does
+            not compute experts that are off: a cheaper step, in which a gate that is off never
+            hears from the output that it should have been on.
         value: What an active expert weighs: its `gate` (the paper) or `one`, which makes a router
             with every gate on the dense parent exactly.
         normalize: `count` multiplies the output by E over the number of active experts, as the
@@ -37,7 +40,7 @@ class SigmoidThresholdConfig:
     """
 
     threshold: float = 0.5
-    estimator: Literal["straight-through", "hard", "soft"] = "straight-through"
+    estimator: Literal["straight-through", "hard", "soft", "hard-skip"] = "straight-through"
     value: Literal["gate", "one"] = "gate"
     normalize: Literal["count", "none"] = "count"
     bias: bool = False
@@ -95,7 +98,8 @@ class SigmoidThreshold(Router):
         """Turn gate logits into a routing.
 
         In training every slot holds its expert and switched-off ones weigh exactly zero, since
-        the straight-through estimator needs their outputs; in evaluation their slots are empty.
+        the straight-through estimator needs their outputs; in evaluation, and with `hard-skip`
+        always, their slots are empty.
 
         Args:
             scores_TE: Gate logits, [T, E].
@@ -118,7 +122,7 @@ class SigmoidThreshold(Router):
             count_T1 = on_TE.sum(1, keepdim=True).clamp(min=1)
             weights_TE = weights_TE * (self.num_experts / count_T1.to(weights_TE.dtype))
         ids_TE = torch.arange(self.num_experts, device=scores_TE.device).expand_as(on_TE)
-        if not self.training:
+        if not self.training or self.config.estimator == "hard-skip":
             ids_TE = torch.where(on_TE, ids_TE, self.num_experts)
         return Routing(ids_TE, weights_TE, scores_TE, self.num_experts)
 

@@ -1,0 +1,1 @@
+"""Benchmarks against the dense model: each a function that returns plain data."""
