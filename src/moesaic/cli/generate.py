@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
-from moesaic._errors import InputError
+from moesaic._errors import InputError, RunError
 from moesaic.cli._common import parse, quiet_libraries, show
+from moesaic.inference.engine import Engine, Sampling
 from moesaic.models.checkpoint import MANIFEST, load, load_dense, load_tokenizer, read_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Write text with a dense or converted model, greedily, as it comes.
+    """Write text with a dense or converted model as it comes.
 
     Attributes:
         model: A checkpoint of ours, or a dense model.
         prompt: The text to go on from.
         max_new_tokens: Tokens to write at most.
         chat: Put the prompt into the chat template of the tokenizer.
+        engine: `native` is the decode engine for CPUs, `transformers` the model's own generate;
+            `auto` takes the first where it can and says when it cannot.
+        weights: How the native engine stores weights; `auto` as the checkpoint has them. `int8`
+            is rounded, a little worse and the fastest.
+        temperature: 0 takes the most likely token, more samples.
+        top_p: Smallest probability mass that is sampled from.
+        seed: Of the samples.
         json: Print one JSON document instead of streaming.
     """
 
@@ -30,6 +40,11 @@ class Options:
     prompt: str
     max_new_tokens: int = 64
     chat: bool = False
+    engine: Literal["auto", "native", "transformers"] = "auto"
+    weights: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
     json: bool = False
 
 
@@ -41,37 +56,98 @@ def run(argv: Sequence[str]) -> int:
         raise InputError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}")
     if not options.prompt:
         raise InputError("prompt must not be empty; give some text to go on from")
+    if options.engine == "transformers" and options.weights != "auto":
+        raise InputError(
+            f"weights {options.weights!r} are of the native engine; leave out --weights or choose "
+            "--engine native"
+        )
+    sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
     converted = read_config(options.model).model_type.startswith("moesaic_")
     ours = converted or (Path(options.model) / MANIFEST).is_file()
+    import torch
+    from transformers import TextStreamer
+
     tokenizer = load_tokenizer(options.model)
     if options.chat and not getattr(tokenizer, "chat_template", None):
         raise InputError(f"the tokenizer of {options.model} has no chat template; leave out --chat")
     model = load(options.model) if ours and converted else load_dense(options.model)
-    from transformers import TextStreamer
-
-    inputs: Any
-    if options.chat:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": options.prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
+    prompt_T = _prompt(tokenizer, options)
+    stop = _stop_ids(model, tokenizer)
+    engine = _engine(model, len(prompt_T) + options.max_new_tokens, options)
+    started = time.perf_counter()
+    if engine is not None:
+        new_ids = engine.stream(prompt_T, options.max_new_tokens, stop=stop, sampling=sampling)
     else:
-        inputs = tokenizer(options.prompt, return_tensors="pt")
-    streamer = None
+        new_ids = _with_transformers(model, prompt_T, options, stop)
     if not options.json:
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ids_BS: Any = model.generate(  # type: ignore[operator]
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=options.max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
-        streamer=streamer,
-    )
-    new_S = ids_BS[0, inputs["input_ids"].shape[1] :]
-    if options.json:
-        text = tokenizer.decode(new_S, skip_special_tokens=True)
-        show({"prompt": options.prompt, "text": text, "tokens": len(new_S)}, as_json=True)
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        for token in new_ids:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+    else:
+        ids = list(new_ids)
+        document = {
+            "prompt": options.prompt,
+            "text": tokenizer.decode(ids, skip_special_tokens=True),
+            "tokens": len(ids),
+            "engine": "transformers" if engine is None else "native",
+            "seconds": time.perf_counter() - started,
+        }
+        show(document, as_json=True)
     return 0
+
+
+def _prompt(tokenizer: Any, options: Options) -> list[int]:
+    if not options.chat:
+        return list(tokenizer(options.prompt)["input_ids"])
+    messages = [{"role": "user", "content": options.prompt}]
+    encoded = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, tokenize=True
+    )
+    return list(encoded["input_ids"])
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end the text, by the model's generation config and by the tokenizer."""
+    of_model = model.generation_config.eos_token_id
+    ids = of_model if isinstance(of_model, list) else [of_model]
+    return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
+
+
+def _engine(model: Any, length: int, options: Options) -> Engine | None:
+    """The native engine, or none when transformers is to generate; says why."""
+    if options.engine == "transformers":
+        return None
+    weights = None if options.weights == "auto" else options.weights
+    try:
+        return Engine(model, weight_format=weights, length=length)
+    except (InputError, RunError) as error:
+        if options.engine == "native" or weights is not None:
+            raise
+        print(f"generating with transformers: {error}", file=sys.stderr)
+        return None
+
+
+def _with_transformers(
+    model: Any, prompt_T: list[int], options: Options, stop: set[int]
+) -> Iterator[int]:
+    import torch
+
+    torch.manual_seed(options.seed)
+    ids_1T = torch.tensor([prompt_T])
+    sampled = options.temperature > 0.0
+    choice: dict[str, Any] = {"do_sample": False}
+    if sampled:
+        choice = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+    out_1T = model.generate(
+        input_ids=ids_1T,
+        attention_mask=torch.ones_like(ids_1T),
+        max_new_tokens=options.max_new_tokens,
+        eos_token_id=sorted(stop) or None,
+        pad_token_id=min(stop, default=0),
+        **choice,
+    )
+    for token in out_1T[0, len(prompt_T) :].tolist():
+        if token in stop:
+            return
+        yield token

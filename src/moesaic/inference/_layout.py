@@ -71,7 +71,9 @@ def layout_of(model: PreTrainedModel) -> Layout:
             "with transformers"
         )
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
+    kinds = {rope.get("rope_type")} | {
+        v.get("rope_type") for v in rope.values() if isinstance(v, dict)
+    }
     moving = sorted(kind for kind in kinds if kind in _MOVING_ROPE)
     if moving:
         raise InputError(

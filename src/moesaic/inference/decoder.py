@@ -95,7 +95,7 @@ class Decoder:
         padded = self._layers[0].attention.out.outputs
         self._stride = padded + lanes()
         self._prove(probe_T, expected_TV)
-        if release and head.weight is not self._embed.weight:  # type: ignore[union-attr]
+        if release and head.weight is not self._embed.weight:
             _release(head)
 
     def _pack(self, i: int, layer: Any, layout: Any, tables: Any) -> None:

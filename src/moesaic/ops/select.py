@@ -16,7 +16,7 @@ from moesaic.ops.masked import experts_masked
 from moesaic.ops.reference import experts_reference
 from moesaic.ops.weights import ExpertWeights
 
-Backend = Literal["auto", "reference", "masked", "grouped"]
+Backend = Literal["auto", "reference", "masked", "grouped", "native"]
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -27,7 +27,14 @@ _MIN_WIDTH = 128
 _FEW_TOKENS = 4
 
 
-def choose(num_tokens: int, num_slots: int, weights: ExpertWeights, *, training: bool) -> Backend:
+def choose(
+    num_tokens: int,
+    num_slots: int,
+    weights: ExpertWeights,
+    *,
+    training: bool,
+    native: bool = False,
+) -> Backend:
     """Choose a path; says which and why once per reason, at level INFO.
 
     Args:
@@ -36,11 +43,14 @@ def choose(num_tokens: int, num_slots: int, weights: ExpertWeights, *, training:
         weights: The experts.
         training: Whether gradients are wanted and every slot holds an expert, so that the output
             of each is needed, also at weight zero.
+        native: Whether the weights are packed for native code and no gradient is wanted.
 
     Returns:
-        `masked` where every expert's output is needed or skipping would cost more than it saves,
-        else `grouped`.
+        `native` where it can be; `masked` where every expert's output is needed or skipping would
+        cost more than it saves; else `grouped`.
     """
+    if native:
+        return _say("native", "they are packed and need no gradient")
     if training and num_slots == weights.num_experts:
         return _say("masked", "the router learns from every expert's output")
     if num_slots == weights.num_experts and weights.width < _MIN_WIDTH and num_tokens > _FEW_TOKENS:
@@ -65,12 +75,39 @@ def apply_experts(
     """Compute `experts_reference` on the chosen path; same arguments, same result."""
     if backend == "auto":
         grad = torch.is_grad_enabled() and (weights_TK.requires_grad or h_TD.requires_grad)
-        training = grad and _holds_all(ids_TK, weights.num_experts)
-        backend = choose(h_TD.shape[0], ids_TK.shape[1], weights, training=training)
+        backend = choose(
+            h_TD.shape[0],
+            ids_TK.shape[1],
+            weights,
+            training=grad and _holds_all(ids_TK, weights.num_experts),
+            native=not grad and _runs_native(h_TD, weights),
+        )
+    if backend == "native":
+        return _native(h_TD, ids_TK, weights_TK, weights)
     if backend == "masked":
         return experts_masked(h_TD, spread(ids_TK, weights_TK, weights.num_experts), weights)
     function = experts_reference if backend == "reference" else experts_grouped
     return function(h_TD, ids_TK, weights_TK, weights)
+
+
+def _runs_native(h_TD: Tensor, weights: ExpertWeights) -> bool:
+    if weights.packed is None or h_TD.device.type != "cpu":
+        return False
+    if torch.is_grad_enabled() and (weights.up.requires_grad or weights.down.requires_grad):
+        _say("grouped", "packed weights give no gradient; call under torch.no_grad()")
+        return False
+    if not weights.packed.is_copy_of(weights):
+        _say("grouped", "the weights changed since they were packed; pack them again")
+        return False
+    return True
+
+
+def _native(h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, weights: ExpertWeights) -> Tensor:
+    # Not imported before it is needed: the code beside a checkpoint has no native part.
+    from moesaic.ops.cpu.packed import PackedExperts, experts_cpu, format_of
+
+    packed = weights.packed or PackedExperts(weights, format_of(weights.up.dtype))
+    return experts_cpu(h_TD, ids_TK, weights_TK, packed)
 
 
 def _holds_all(ids_TK: Tensor, num_experts: int) -> bool:

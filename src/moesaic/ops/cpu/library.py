@@ -28,7 +28,15 @@ logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).resolve().parent
 _SOURCES = ("kernels.cpp", "decoder.h", "experts.h", "activations.h", "panels.h")
-_FLAGS = ("-shared", "-fPIC", "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+_FLAGS = (
+    "-shared",
+    "-fPIC",
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+)
 # By the names that torch gives them.
 _LEVELS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
@@ -40,7 +48,9 @@ def why_not() -> str:
     """Why this machine cannot run the native code, in one clause; empty when it can."""
     level = torch.backends.cpu.get_cpu_capability()
     if platform.system() != "Linux" or level not in _LEVELS:
-        return f"native kernels need Linux on x86 with AVX2, and this is {platform.machine()} {level}"
+        return (
+            f"native kernels need Linux on x86 with AVX2, and this is {platform.machine()} {level}"
+        )
     if not (_HERE / _SOURCES[0]).is_file():
         return "native kernels are not part of the code beside a checkpoint; install moesaic"
     if shutil.which(_compiler()) is None and not _path(level).is_file():
@@ -97,7 +107,14 @@ def _compile(path: Path, level: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         out = Path(scratch) / path.name
-        command = [_compiler(), *_FLAGS, *_LEVELS[level], str(_HERE / "kernels.cpp"), "-o", str(out)]
+        command = [
+            _compiler(),
+            *_FLAGS,
+            *_LEVELS[level],
+            str(_HERE / "kernels.cpp"),
+            "-o",
+            str(out),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]

@@ -174,6 +174,7 @@ def experts_cpu(h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, packed: Packed
 
 
 def lanes() -> int:
+    """L, floats of a register of this machine."""
     return int(library.library().moesaic_lanes())
 
 
@@ -198,9 +199,11 @@ def _rows(up: Tensor, gated: bool, per_panel: int) -> Tensor:
     """Order the rows (or biases) of an up matrix [E, (2)F, ...] by panel: [P, 2L, ...]."""
     if gated:
         # Of a panel, the gate rows of L neurons are the lower half, their up rows the upper.
-        parts = _pad(up.unflatten(1, (2, -1)), 2, per_panel).unflatten(2, (-1, per_panel))
+        parts: Tensor = up.unflatten(1, (2, -1))
+        parts = _pad(parts, 2, per_panel).unflatten(2, (-1, per_panel))
         return parts.transpose(1, 2).flatten(0, 1).flatten(1, 2)
-    return _pad(up, 1, per_panel).unflatten(1, (-1, per_panel)).flatten(0, 1)
+    rows: Tensor = _pad(up, 1, per_panel).unflatten(1, (-1, per_panel))
+    return rows.flatten(0, 1)
 
 
 def _pack(rows_PRI: Tensor, weight_format: Format) -> tuple[Tensor, Tensor | None]:
