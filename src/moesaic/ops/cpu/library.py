@@ -29,13 +29,9 @@ logger = logging.getLogger(__name__)
 _HERE = Path(__file__).resolve().parent
 _SOURCES = ("kernels.cpp", "decoder.h", "experts.h", "activations.h", "panels.h")
 _FLAGS = (
-    "-shared",
-    "-fPIC",
-    "-std=c++17",
-    "-O3",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fopenmp",
+    *("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC"),
+    # See `fused` in panels.h.
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 # By the names that torch gives them.
 _LEVELS = {

@@ -42,6 +42,16 @@ inline To bits(From from) {
   return to;
 }
 
+// a * b + c, rounded once. Said outright and never left to the compiler, which would fuse in one
+// place and not in another: results would then depend on the number of rows.
+inline V fused(float a, V b, V c) {
+#ifdef __AVX512F__
+  return bits<V>(_mm512_fmadd_ps(_mm512_set1_ps(a), bits<__m512>(b), bits<__m512>(c)));
+#else
+  return bits<V>(_mm256_fmadd_ps(_mm256_set1_ps(a), bits<__m256>(b), bits<__m256>(c)));
+#endif
+}
+
 // The weights of one input, per format. float: lo, then hi.
 struct Float32 {
   static constexpr int bytes = 2 * BYTES;
@@ -99,8 +109,8 @@ __attribute__((noinline)) void multiply(const float* const* rows, const char* pa
     W::read(panel, wlo, whi);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      lo[m] += a[m][k] * wlo;
-      hi[m] += a[m][k] * whi;
+      lo[m] = fused(a[m][k], wlo, lo[m]);
+      hi[m] = fused(a[m][k], whi, hi[m]);
     }
   }
 #pragma GCC unroll 16

@@ -1,0 +1,248 @@
+"""The native experts against the reference, in every format, to the last bits that can agree.
+
+Shapes: T tokens, K slots per token, E experts, F width of one expert, D model width.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from expert_cases import Case, Inputs
+
+from moesaic._errors import InputError, RunError
+from moesaic.ops import select
+from moesaic.ops.cpu import library, packed
+from moesaic.ops.cpu.packed import PackedExperts, PackedLinear, experts_cpu
+from moesaic.ops.reference import experts_reference
+from moesaic.ops.select import apply_experts
+
+pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+
+FORMATS = ["float32", "bfloat16", "int8"]
+KINDS = [(gated, bias) for gated in (True, False) for bias in (False, True)]
+CASES = [
+    *(Case(T=T, gated=gated, bias=bias) for T in (0, 1, 63, 257) for gated, bias in KINDS),
+    *(
+        Case(gated=gated, bias=bias, pattern=pattern)
+        for pattern in ("one-idle", "all-on-one", "some-empty", "all-empty")
+        for gated, bias in KINDS
+    ),
+    *(Case(K=6, gated=gated, pattern="all-experts") for gated in (True, False)),
+    # Whole registers need no padding; one more than that needs most.
+    *(Case(D=D, F=F) for D, F in ((64, 32), (33, 17), (1, 1), (32, 48))),
+    Case(T=700, D=40, F=24, pattern="some-empty", bias=True),
+    Case(E=1, K=1),
+]
+
+
+def run(inputs: Inputs, weight_format: str) -> torch.Tensor:
+    copy = PackedExperts(inputs.weights, weight_format)
+    return experts_cpu(inputs.h_TD, inputs.ids_TK, inputs.weights_TK, copy)
+
+
+def round_rows(x: torch.Tensor) -> torch.Tensor:
+    """What int8 keeps of rows along the last dimension."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return torch.where(scale > 0, (x / scale).round() * scale, 0)
+
+
+def rounded(inputs: Inputs, weight_format: str) -> Inputs:
+    """The inputs with weights as a format stores them, in float64."""
+    w = inputs.weights
+    if weight_format == "bfloat16":
+        w = w._replace(up=w.up.bfloat16().float(), down=w.down.bfloat16().float())
+    elif weight_format == "int8":
+        w = w._replace(up=round_rows(w.up), down=round_rows(w.down))
+    return inputs._replace(weights=w).to(torch.float64)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_reference(case, weight_format):
+    inputs = case.inputs(torch.float32)
+    expected = experts_reference(*rounded(inputs, weight_format))
+    torch.testing.assert_close(run(inputs, weight_format), expected.float(), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", packed._ACTIVATIONS)
+def test_every_activation(name):
+    inputs = Case(gated=False, F=32).inputs(torch.float32)
+    # Far out too, where exponentials end.
+    inputs = inputs._replace(
+        weights=inputs.weights._replace(activation=name), h_TD=inputs.h_TD * 40
+    )
+    expected = experts_reference(*inputs.to(torch.float64))
+    torch.testing.assert_close(run(inputs, "float32"), expected.float(), rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_a_token_does_not_see_its_batch_to_the_last_bit(weight_format):
+    inputs = Case(T=40, D=48, F=40, pattern="some-empty", bias=True).inputs(torch.float32)
+    copy = PackedExperts(inputs.weights, weight_format)
+    together = experts_cpu(inputs.h_TD, inputs.ids_TK, inputs.weights_TK, copy)
+    for t in range(40):
+        one = slice(t, t + 1)
+        alone = experts_cpu(inputs.h_TD[one], inputs.ids_TK[one], inputs.weights_TK[one], copy)
+        assert torch.equal(alone, together[one])
+
+
+def test_threads_change_no_bit():
+    inputs = Case(T=40, D=96, F=64).inputs(torch.float32)
+    torch.set_num_threads(1)
+    alone = run(inputs, "float32")
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(run(inputs, "float32"), alone)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_no_uninitialised_memory_is_read(monkeypatch):
+    inputs = Case(pattern="some-empty").inputs(torch.float32)
+    expected = run(inputs, "float32")
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    assert torch.equal(run(inputs, "float32"), expected)
+
+
+def test_strides_of_the_inputs_do_not_matter():
+    h_TD, ids_TK, weights_TK, weights = Case(D=24, F=16).inputs(torch.float32)
+    expected = experts_cpu(h_TD, ids_TK, weights_TK, PackedExperts(weights))
+    strided = weights._replace(
+        up=weights.up.transpose(1, 2).contiguous().transpose(1, 2),
+        down=weights.down.transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    actual = experts_cpu(
+        h_TD.T.contiguous().T,
+        ids_TK.T.contiguous().T,
+        weights_TK.T.contiguous().T,
+        PackedExperts(strided),
+    )
+    assert torch.equal(actual, expected)
+
+
+def test_ids_out_of_range_are_empty_slots():
+    h_TD, ids_TK, weights_TK, weights = Case(pattern="some-empty").inputs(torch.float32)
+    wild_TK = torch.where(ids_TK == -1, -(2**40), torch.where(ids_TK == 6, 2**40, ids_TK))
+    copy = PackedExperts(weights)
+    expected = experts_cpu(h_TD, ids_TK, weights_TK, copy)
+    assert torch.equal(experts_cpu(h_TD, wild_TK, weights_TK, copy), expected)
+
+
+def test_bfloat16_goes_in_and_out():
+    inputs = Case().inputs(torch.bfloat16)
+    out_TD = run(inputs, "bfloat16")
+    assert out_TD.dtype == torch.bfloat16
+    expected = experts_reference(*inputs.to(torch.float32))
+    torch.testing.assert_close(out_TD, expected.bfloat16(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize(("T", "O", "I"), [(1, 1, 1), (13, 40, 17), (30, 64, 64)])
+def test_linear_equals_torch(weight_format, T, O, I):
+    draw = torch.Generator().manual_seed(0)
+    weight_OI, bias_O = torch.randn(O, I, generator=draw), torch.randn(O, generator=draw)
+    x_TI = torch.randn(T, I, generator=draw)
+    stored = weight_OI.bfloat16().float() if weight_format == "bfloat16" else weight_OI
+    stored = round_rows(weight_OI) if weight_format == "int8" else stored
+    expected = (x_TI.double() @ stored.double().T + bias_O).float()
+    actual = PackedLinear(weight_OI, bias_O, weight_format)(x_TI)
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_bytes_are_those_of_the_format():
+    weights = Case(D=64, F=64, E=2).inputs(torch.float32).weights
+    numbers = 2 * 3 * 64 * 64
+    sizes = {f: PackedExperts(weights, f).num_bytes for f in FORMATS}
+    assert sizes["float32"] == 4 * numbers
+    assert sizes["bfloat16"] == 2 * numbers
+    # One scale for each of 2 * 128 rows of up and 2 * 64 of down.
+    assert sizes["int8"] == numbers + 4 * 2 * (128 + 64)
+
+
+def test_selected_when_packed_and_no_gradient_is_wanted(caplog, monkeypatch):
+    monkeypatch.setattr(select, "_said", set())
+    caplog.set_level(logging.INFO, logger="moesaic.ops.select")
+    h_TD, ids_TK, weights_TK, weights = Case().inputs(torch.float32)
+    calls = []
+    native = select._native
+    monkeypatch.setattr(select, "_native", lambda *a: calls.append(1) or native(*a))
+    weights = weights._replace(packed=PackedExperts(weights))
+    expected = experts_reference(h_TD, ids_TK, weights_TK, weights)
+    out_TD = apply_experts(h_TD, ids_TK, weights_TK, weights)
+    torch.testing.assert_close(out_TD, expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 1
+    h_TD.requires_grad_()
+    assert apply_experts(h_TD, ids_TK, weights_TK, weights).requires_grad
+    h_TD.requires_grad_(False)
+    weights.up.requires_grad_()
+    assert apply_experts(h_TD, ids_TK, weights_TK, weights).requires_grad
+    assert "packed weights give no gradient" in caplog.text
+    with torch.no_grad():
+        weights.up.mul_(2)
+        changed = apply_experts(h_TD, ids_TK, weights_TK, weights)
+        expected = experts_reference(h_TD, ids_TK, weights_TK, weights)
+    torch.testing.assert_close(changed, expected, rtol=1e-4, atol=1e-5)
+    assert "changed since they were packed" in caplog.text
+    assert len(calls) == 1
+
+
+def test_an_own_gate_has_no_native_code():
+    weights = Case().inputs(torch.float32).weights._replace(activation="", glu=lambda z: z)
+    with pytest.raises(InputError, match=r"has no native code; .*silu"):
+        PackedExperts(weights)
+
+
+def test_the_other_instruction_set_gives_the_same():
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this machine has one instruction set only")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import torch, test_native as t\n"
+        "assert torch.backends.cpu.get_cpu_capability() == 'AVX2'\n"
+        "assert t.packed.lanes() == 8\n"
+        "for case in t.CASES:\n"
+        "    for f in t.FORMATS:\n"
+        "        t.test_equals_reference(case, f)\n"
+        "t.test_a_token_does_not_see_its_batch_to_the_last_bit('bfloat16')\n"
+    )
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(here)],
+        env={
+            **os.environ,
+            "ATEN_CPU_CAPABILITY": "avx2",
+            "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")]),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "need the compiler no-such-compiler; install g++ or set CXX" in library.why_not()
+
+
+def test_a_failing_compiler_says_so_and_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RunError, match="false could not compile the CPU kernels: no message"):
+        library.library.__wrapped__()
+    assert not list((tmp_path / "moesaic").iterdir())
+
+
+def test_a_machine_without_avx2_is_told(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert "need Linux on x86 with AVX2" in library.why_not()
+    with pytest.raises(RunError, match="without them experts run in plain torch"):
+        library.library.__wrapped__()
