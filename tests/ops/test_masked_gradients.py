@@ -78,15 +78,18 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(learns):
             assert leaf.grad is None
 
 
-def test_backward_may_run_twice_but_not_through_itself():
+@pytest.mark.parametrize("glu", [None, lambda z: z[..., ::2]], ids=["silu", "view"])
+def test_backward_may_run_twice_but_not_through_itself(glu):
     inputs = CASE.inputs(torch.float64)
-    h_TD = inputs.h_TD.requires_grad_()
-    loss = experts_masked(h_TD, inputs.weights_TK, inputs.weights).square().sum()
-    (first,) = torch.autograd.grad(loss, h_TD, retain_graph=True)
-    (second,) = torch.autograd.grad(loss, h_TD, create_graph=True)
-    assert torch.equal(first, second)
+    leaves = [inputs.h_TD, inputs.weights_TK, inputs.weights.down]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out_TD = experts_masked(inputs.h_TD, inputs.weights_TK, inputs.weights._replace(glu=glu))
+    first = torch.autograd.grad(out_TD.square().sum(), leaves, retain_graph=True)
+    second = torch.autograd.grad(out_TD.square().sum(), leaves, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     with pytest.raises(RuntimeError, match="differentiate twice"):
-        second.sum().backward()
+        second[0].sum().backward()
 
 
 def test_backward_inside_autocast_is_that_of_its_forward():
@@ -100,7 +103,7 @@ def test_backward_inside_autocast_is_that_of_its_forward():
 
 
 def test_weights_of_experts_learn_in_float32_where_neurons_are_narrower():
-    inputs = CASE.inputs(torch.bfloat16)
+    inputs = Case(T=9, D=7, E=5, K=5, F=4).inputs(torch.bfloat16)
     weights_TE = inputs.weights_TK.float().requires_grad_()
     experts_masked(inputs.h_TD, weights_TE, inputs.weights).sum().backward()
     assert weights_TE.grad.dtype == torch.float32
