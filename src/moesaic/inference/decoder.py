@@ -26,7 +26,14 @@ from moesaic.models.ffn import decoder_layers, read_ffn
 from moesaic.nn.layer import MoELayer, all_experts_on
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 from moesaic.ops.cpu import library, structs
-from moesaic.ops.cpu.packed import Format, PackedExperts, PackedLinear, format_of, lanes
+from moesaic.ops.cpu.packed import (
+    Format,
+    PackedExperts,
+    PackedLinear,
+    PackedRouter,
+    format_of,
+    lanes,
+)
 
 # Rows of one native call: bounds its scratch.
 MAX_ROWS = 512
@@ -148,14 +155,15 @@ class Decoder:
         if not isinstance(router, SigmoidThreshold):
             self._routers[i] = router
             return
-        scores = PackedLinear(router.weight, router.bias)
-        self._kept.append(scores)
-        self._layers[i].router = structs.Router(
-            scores=scores.struct,
+        packed = PackedRouter(
+            router.weight,
+            router.bias,
             threshold=router.threshold,
             value_one=router.config.value == "one",
             normalize=router.config.normalize == "count",
         )
+        self._kept.append(packed)
+        self._layers[i].router = packed.struct
 
     def step(
         self,

@@ -16,6 +16,7 @@ import torch
 from expert_cases import Case, Inputs
 
 from moesaic._errors import InputError, RunError
+from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold, SigmoidThresholdConfig
 from moesaic.ops import select
 from moesaic.ops.cpu import library, packed
 from moesaic.ops.cpu.packed import PackedExperts, PackedLinear, experts_cpu
@@ -246,3 +247,35 @@ def test_a_machine_without_avx2_is_told(monkeypatch):
     assert "need Linux on x86 with AVX2" in library.why_not()
     with pytest.raises(RunError, match="without them experts run in plain torch"):
         library.library.__wrapped__()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"value": "one", "normalize": "none", "bias": True}], ids=str
+)
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.7])
+@pytest.mark.parametrize("T", [0, 1, 600])
+def test_a_whole_layer_routes_and_sums_as_its_modules(T, threshold, options, dtype):
+    torch.manual_seed(0)
+    config = SigmoidThresholdConfig(threshold=threshold, **options)
+    router = SigmoidThreshold(17, 6, config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.normal_(std=0.5)
+    inputs = Case(T=T).inputs(dtype)
+    copy = PackedExperts(inputs.weights, packed.format_of(dtype))
+    packed_router = packed.PackedRouter(
+        router.weight,
+        router.bias,
+        threshold=threshold,
+        value_one=config.value == "one",
+        normalize=config.normalize == "count",
+    )
+    with torch.no_grad():
+        routing = router(inputs.h_TD)
+    wide = inputs.to(torch.float64)
+    expected = experts_reference(
+        wide.h_TD, routing.ids_TK, routing.weights_TK.double(), wide.weights
+    )
+    actual = packed.layer_cpu(inputs.h_TD.float(), packed_router, copy)
+    torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-4)

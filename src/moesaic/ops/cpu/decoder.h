@@ -5,7 +5,6 @@
 
 #pragma once
 
-#include <cmath>
 #include <limits>
 
 #include "experts.h"
@@ -30,13 +29,6 @@ struct Attention {
   int64_t window;  // positions seen, itself included; 0: all
   double scale;
   double softcap;  // 0: none
-};
-
-struct Router {
-  Linear scores;  // panels null: every expert for every token
-  double threshold;
-  int64_t value_one;
-  int64_t normalize;
 };
 
 struct Layer {
@@ -275,28 +267,6 @@ inline void ffn_half(const Layer& layer, const Batch& b, Workspace& work, const 
   if (layer.ffn_post) add_normed(b, layer.ffn_post, layer.eps, out, h);
 }
 
-// Turns gate logits [T, E] into slots. Called by one thread.
-inline void decide(const Router& router, int64_t E, int64_t T, const float* scores, Slots& slots) {
-  thread_local std::vector<int64_t> ids;
-  thread_local std::vector<float> weights;
-  ids.resize(T * E);
-  weights.resize(T * E);
-  for (int64_t t = 0; t < T; ++t) {
-    int64_t count = 0;
-    for (int64_t e = 0; e < E; ++e) {
-      const float gate = 1.0f / (1.0f + std::exp(-scores[t * router.scores.outputs + e]));
-      const bool on = gate > static_cast<float>(router.threshold);
-      ids[t * E + e] = on ? e : E;
-      weights[t * E + e] = on ? (router.value_one ? 1.0f : gate) : 0.0f;
-      count += on;
-    }
-    if (router.normalize && count)
-      for (int64_t e = 0; e < E; ++e)
-        weights[t * E + e] *= static_cast<float>(E) / static_cast<float>(count);
-  }
-  slots.sort(ids.data(), weights.data(), T, E, E);
-}
-
 inline int64_t neurons_needed(const Layer& layer, const Slots& slots, int64_t T) {
   const int64_t routed = layer.experts.experts ? slots.count() * layer.experts.width : 0;
   return std::max(routed, layer.shared.experts ? T * layer.shared.width : 0);
@@ -319,7 +289,7 @@ inline void whole_layer(const Layer& layer, const Batch& b, Workspace& work, flo
 #pragma omp single
   {
     if (layer.router.scores.panels)
-      decide(layer.router, layer.experts.experts, b.tokens, work.scores.data(), work.slots);
+      work.slots.decide(layer.router, work.scores.data(), b.tokens, layer.experts.experts);
     else
       work.slots.all(b.tokens);
     Workspace::at_least(work.neurons, neurons_needed(layer, work.slots, b.tokens));

@@ -9,6 +9,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "activations.h"
@@ -39,6 +40,14 @@ struct Experts {
   int64_t format;
   int64_t activation;
   int64_t gated;
+};
+
+// DSMoE's router: a gate per expert, on where it exceeds the threshold.
+struct Router {
+  Linear scores;  // panels null: every expert for every token
+  double threshold;
+  int64_t value_one;
+  int64_t normalize;
 };
 
 enum Format { FLOAT32, BFLOAT16, INT8 };
@@ -108,12 +117,8 @@ struct Slots {
 
   int64_t count() const { return begin.back(); }
 
-  // Ids outside [0, E) are empty slots; so is a weight of zero.
-  void sort(const int64_t* ids, const float* weights, int64_t T, int64_t K, int64_t E) {
-    begin.assign(E + 1, 0);
-    auto held = [&](int64_t i) { return ids[i] >= 0 && ids[i] < E && weights[i] != 0.0f; };
-    for (int64_t i = 0; i < T * K; ++i)
-      if (held(i)) ++begin[ids[i] + 1];
+  // Turns the counts in begin[1..] into places; gives where each expert's slots start.
+  std::vector<int64_t> place(int64_t E) {
     used.clear();
     for (int64_t e = 0; e < E; ++e) {
       if (begin[e + 1]) used.push_back(e);
@@ -121,12 +126,49 @@ struct Slots {
     }
     token.resize(begin[E]);
     weight.resize(begin[E]);
-    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    return {begin.begin(), begin.end() - 1};
+  }
+
+  // Ids outside [0, E) are empty slots; so is a weight of zero.
+  void sort(const int64_t* ids, const float* weights, int64_t T, int64_t K, int64_t E) {
+    begin.assign(E + 1, 0);
+    auto held = [&](int64_t i) { return ids[i] >= 0 && ids[i] < E && weights[i] != 0.0f; };
+    for (int64_t i = 0; i < T * K; ++i)
+      if (held(i)) ++begin[ids[i] + 1];
+    std::vector<int64_t> next = place(E);
     for (int64_t i = 0; i < T * K; ++i) {
       if (!held(i)) continue;
       const int64_t n = next[ids[i]]++;
       token[n] = static_cast<int32_t>(i / K);
       weight[n] = weights[i];
+    }
+  }
+
+  // Turns gate logits [T, outputs] into slots.
+  void decide(const Router& router, const float* scores, int64_t T, int64_t E) {
+    // A gate exceeds the threshold where its logit exceeds the threshold's.
+    const float limit = static_cast<float>(std::log(router.threshold / (1.0 - router.threshold)));
+    begin.assign(E + 1, 0);
+    std::vector<float> scale(T);
+    for (int64_t t = 0; t < T; ++t) {
+      const float* row = scores + t * router.scores.outputs;
+      int64_t count = 0;
+      for (int64_t e = 0; e < E; ++e) {
+        const bool on = row[e] > limit;
+        begin[e + 1] += on;
+        count += on;
+      }
+      scale[t] = router.normalize && count ? static_cast<float>(E) / count : 1.0f;
+    }
+    std::vector<int64_t> next = place(E);
+    for (int64_t t = 0; t < T; ++t) {
+      const float* row = scores + t * router.scores.outputs;
+      for (int64_t e = 0; e < E; ++e) {
+        if (!(row[e] > limit)) continue;
+        const float gate = router.value_one ? 1.0f : 1.0f / (1.0f + std::exp(-row[e]));
+        token[next[e]] = static_cast<int32_t>(t);
+        weight[next[e]++] = gate * scale[t];
+      }
     }
   }
 

@@ -41,12 +41,34 @@ int moesaic_experts(const Experts* e, const float* x, const int64_t* ids, const 
     for (int64_t first = 0; first < T; first += MAX_TOKENS) {
       const int64_t tokens = std::min(MAX_TOKENS, T - first);
       slots.sort(ids + first * K, weights + first * K, tokens, K, e->experts);
-      if (neurons.size() < static_cast<size_t>(slots.count() * e->width))
-        neurons.resize(slots.count() * e->width);
-      float* scratch = neurons.data();
+      float* scratch = Workspace::at_least(neurons, slots.count() * e->width);
 #pragma omp parallel
       apply_experts(*e, slots, x + first * e->inputs, e->inputs, tokens, scratch,
                     out + first * e->outputs, e->outputs, false);
+    }
+  });
+}
+
+// As moesaic_experts, routed here: x [T, inputs], out [T, outputs].
+int moesaic_layer(const Router* router, const Experts* e, const float* x, int64_t T, float* out) {
+  return guarded([&] {
+    Slots slots;
+    std::vector<float> neurons, scores;
+    for (int64_t first = 0; first < T; first += MAX_TOKENS) {
+      const int64_t tokens = std::min(MAX_TOKENS, T - first);
+      const float* h = x + first * e->inputs;
+      Workspace::at_least(scores, tokens * router->scores.outputs);
+#pragma omp parallel
+      {
+        linear(router->scores, h, e->inputs, tokens, scores.data(), router->scores.outputs, false);
+#pragma omp single
+        {
+          slots.decide(*router, scores.data(), tokens, e->experts);
+          Workspace::at_least(neurons, slots.count() * e->width);
+        }
+        apply_experts(*e, slots, h, e->inputs, tokens, neurons.data(), out + first * e->outputs,
+                      e->outputs, false);
+      }
     }
   });
 }

@@ -149,6 +149,51 @@ class PackedExperts:
         return sum(x.nbytes for x in tensors if x is not None)
 
 
+class PackedRouter:
+    """DSMoE's router, packed: a gate per expert, on where it exceeds the threshold.
+
+    Args:
+        weight_ED: [E, D].
+        bias_E: Or none.
+        threshold: In [0, 1).
+        value_one: Whether an active expert weighs one and not its gate.
+        normalize: Whether weights are multiplied by E over the number of active experts.
+    """
+
+    def __init__(
+        self,
+        weight_ED: Tensor,
+        bias_E: Tensor | None,
+        *,
+        threshold: float,
+        value_one: bool,
+        normalize: bool,
+    ) -> None:
+        # The format that is exact: scores decide.
+        self._scores = PackedLinear(weight_ED, bias_E, format_of(weight_ED.dtype))
+        self.struct = structs.Router(
+            scores=self._scores.struct,
+            threshold=threshold,
+            value_one=value_one,
+            normalize=normalize,
+        )
+
+
+def layer_cpu(h_TD: Tensor, router: PackedRouter, packed: PackedExperts) -> Tensor:
+    """Route tokens and sum the weighted outputs of their experts, [T, D], in one native call."""
+    x_TD = h_TD.float().contiguous()
+    out_TD = torch.empty(x_TD.shape[0], packed.padded)
+    library.call(
+        "moesaic_layer",
+        ctypes.byref(router.struct),
+        ctypes.byref(packed.struct),
+        x_TD.data_ptr(),
+        x_TD.shape[0],
+        out_TD.data_ptr(),
+    )
+    return out_TD[:, : packed.dim].to(h_TD.dtype)
+
+
 def experts_cpu(h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, packed: PackedExperts) -> Tensor:
     """Sum the weighted outputs of each token's experts; same contract as the reference.
 

@@ -44,6 +44,17 @@ class Experts(ctypes.Structure):
     ]
 
 
+class Router(ctypes.Structure):
+    """The struct of that name in experts.h."""
+
+    _fields_: ClassVar[list[Any]] = [
+        ("scores", Linear),
+        ("threshold", _DOUBLE),
+        ("value_one", _INT),
+        ("normalize", _INT),
+    ]
+
+
 class Attention(ctypes.Structure):
     """The struct of that name in decoder.h."""
 
@@ -64,17 +75,6 @@ class Attention(ctypes.Structure):
         ("window", _INT),
         ("scale", _DOUBLE),
         ("softcap", _DOUBLE),
-    ]
-
-
-class Router(ctypes.Structure):
-    """The struct of that name in decoder.h."""
-
-    _fields_: ClassVar[list[Any]] = [
-        ("scores", Linear),
-        ("threshold", _DOUBLE),
-        ("value_one", _INT),
-        ("normalize", _INT),
     ]
 
 
@@ -113,6 +113,10 @@ _LAYER, _BATCH = ctypes.POINTER(Layer), ctypes.POINTER(Batch)
 # Arguments of the functions of kernels.cpp.
 SIGNATURES: dict[str, list[Any]] = {
     "moesaic_experts": [ctypes.POINTER(Experts), *[_POINTER] * 3, _INT, _INT, _POINTER],
+    "moesaic_layer": [
+        *[ctypes.POINTER(Router), ctypes.POINTER(Experts)],
+        *[_POINTER, _INT, _POINTER],
+    ],
     "moesaic_linear": [ctypes.POINTER(Linear), _POINTER, _INT, _POINTER],
     "moesaic_layers": [_LAYER, _INT, _BATCH, *[_POINTER] * 3],
     "moesaic_attention": [_LAYER, _BATCH, *[_POINTER] * 2],

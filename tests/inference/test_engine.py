@@ -1,0 +1,287 @@
+"""The decode engine against transformers, on every architecture and router it takes.
+
+Shapes: T tokens, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model_cases import CASES, VOCAB, Case, converted, dense_model, random_ids
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from moesaic._errors import InputError
+from moesaic.inference import Decoder, Engine, Sampling, pack_experts
+from moesaic.inference import _layout as layouts
+from moesaic.nn.layer import moe_layers, record_routing
+from moesaic.ops import select
+from moesaic.ops.cpu import library
+
+pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+
+NATIVE = [case for case in CASES if case.model_type in layouts._LAYOUTS]
+OTHER = [case for case in CASES if case.model_type not in layouts._LAYOUTS]
+LLAMA = Case("llama", {})
+# Longer than the sliding windows of the tiny models.
+PROMPT = random_ids(1, 12)[0]
+ROUTERS = [
+    {"router_options": {"value": "gate", "normalize": "count"}},
+    {"router_options": {"value": "one", "normalize": "none", "bias": True}},
+    {"router_options": {"threshold": 0.8}},
+    {"router_options": {"threshold": 0.2, "normalize": "none"}, "shared_width": 16},
+    {"router": "topk-softmax", "router_options": {"top_k": 2}},
+    {"router": "top-p", "router_options": {"threshold": 0.6}},
+    {"router": "null-experts", "router_options": {"top_k": 2, "num_null": 2}},
+    {"num_experts": 0, "shared_width": 48, "router": "", "width": 0},
+]
+
+
+def with_drawn_norms(model):
+    """Norms other than one, which would hide a norm that is left out."""
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.3)
+    return model
+
+
+def logits_of(model, ids_T):
+    with torch.no_grad():
+        return model(ids_T.unsqueeze(0)).logits[0].float()
+
+
+def read(decoder, ids_T, slot=0, start=0):
+    """Logits after every token."""
+    position_T = torch.arange(start, start + len(ids_T))
+    return decoder.step(ids_T, torch.full_like(ids_T, slot), position_T, range(len(ids_T)))
+
+
+@pytest.mark.parametrize("case", NATIVE, ids=str)
+def test_logits_and_text_are_those_of_transformers(case):
+    model = with_drawn_norms(dense_model(case))
+    engine = Engine(model, length=64)
+    torch.testing.assert_close(
+        read(engine.decoder, PROMPT), logits_of(model, PROMPT), rtol=1e-4, atol=1e-4
+    )
+    expected = model.generate(PROMPT.unsqueeze(0), max_new_tokens=20, do_sample=False)
+    assert engine.generate(PROMPT.tolist(), 20) == expected[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize("case", OTHER, ids=str)
+def test_another_architecture_is_refused_by_name(case):
+    with pytest.raises(InputError, match=rf"{case.model_type} has no native decoder; .*llama"):
+        Engine(dense_model(case), length=64)
+
+
+@pytest.mark.parametrize("options", ROUTERS, ids=str)
+def test_every_router_routes_as_in_transformers(options):
+    model = converted(LLAMA, **options)
+    decoder = Decoder(model, length=64)
+    active_LT = torch.zeros(2, len(PROMPT), dtype=torch.int32)
+    position_T = torch.arange(len(PROMPT))
+    slot_T = torch.zeros_like(position_T)
+    logits_TV = decoder.step(PROMPT, slot_T, position_T, range(12), active_LT=active_LT)
+    with record_routing(model) as routings:
+        expected = logits_of(model, PROMPT)
+    torch.testing.assert_close(logits_TV, expected, rtol=1e-4, atol=1e-4)
+    if routings:
+        expected_LT = torch.stack([routing.active_T() for routing in routings])
+        assert torch.equal(active_LT.long(), expected_LT)
+        assert 0 < expected_LT.float().mean() < 4
+
+
+def test_a_token_without_experts_keeps_its_residual():
+    model = converted(LLAMA, router_options={"threshold": 0.999})
+    active_LT = torch.full((2, 1), 7, dtype=torch.int32)
+    decoder = Decoder(model, length=64)
+    zero = torch.zeros(1, dtype=torch.int64)
+    logits = decoder.step(PROMPT[:1], zero, zero, [0], active_LT=active_LT)
+    assert active_LT.tolist() == [[0], [0]]
+    torch.testing.assert_close(logits, logits_of(model, PROMPT[:1]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight_format", ["float32", "bfloat16", "int8"])
+def test_sequences_side_by_side_equal_each_alone_to_the_last_bit(weight_format):
+    model = converted(LLAMA)
+    prompts = [random_ids(1, n, seed=n)[0] for n in (3, 9, 14)]
+    alone = []
+    for prompt in prompts:
+        decoder = Decoder(model, weight_format=weight_format, length=64)
+        alone.append(
+            torch.cat([read(decoder, prompt[:-1]), read(decoder, prompt[-1:], 0, len(prompt) - 1)])
+        )
+    decoder = Decoder(model, weight_format=weight_format, length=64, slots=3)
+    # One call reads all prompts but their last tokens, another those.
+    ids_T = torch.cat([prompt[:-1] for prompt in prompts])
+    slot_T = torch.cat([torch.full((len(p) - 1,), i) for i, p in enumerate(prompts)])
+    position_T = torch.cat([torch.arange(len(p) - 1) for p in prompts])
+    first = decoder.step(ids_T, slot_T, position_T, range(len(ids_T)))
+    last_T = torch.stack([prompt[-1] for prompt in prompts])
+    position_T = torch.tensor([len(p) - 1 for p in prompts])
+    second = decoder.step(last_T, torch.arange(3), position_T, range(3))
+    for i, part in enumerate(first.split([len(p) - 1 for p in prompts])):
+        assert torch.equal(part, alone[i][:-1])
+        assert torch.equal(second[i], alone[i][-1])
+
+
+def test_a_prompt_longer_than_a_step_is_read_in_parts(monkeypatch):
+    from moesaic.inference import engine as module
+
+    model = converted(LLAMA)
+    whole = Engine(model, length=64)
+    expected = whole.generate(PROMPT.tolist(), 8)
+    monkeypatch.setattr(module, "MAX_ROWS", 5)
+    assert Engine(model, length=64).generate(PROMPT.tolist(), 8) == expected
+
+
+def test_a_slot_is_used_again_without_a_trace():
+    decoder = Decoder(converted(LLAMA), length=64)
+    expected = read(decoder, PROMPT[:5])
+    read(decoder, random_ids(1, 30, seed=8)[0])
+    assert torch.equal(read(decoder, PROMPT[:5]), expected)
+
+
+def test_no_uninitialised_memory_is_read(monkeypatch):
+    decoder = Decoder(converted(LLAMA), length=64)
+    expected = read(decoder, PROMPT)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    assert torch.equal(read(decoder, PROMPT), expected)
+
+
+def test_bfloat16_models_keep_their_weights_exactly():
+    model = converted(LLAMA, torch.bfloat16)
+    decoder = Decoder(model, length=64)
+    assert decoder.weight_format == "bfloat16"
+    # The engine rounds no activation: it equals the same weights in float32.
+    expected = logits_of(model.float(), PROMPT)
+    torch.testing.assert_close(read(decoder, PROMPT), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_released_models_hold_nothing_but_embeddings():
+    model = converted(LLAMA, router="topk-softmax", router_options={"top_k": 2})
+    expected = logits_of(model, PROMPT)
+    decoder = Decoder(model, length=64, release=True)
+    torch.testing.assert_close(read(decoder, PROMPT), expected, rtol=1e-4, atol=1e-4)
+    left = {name for name, p in model.named_parameters() if p.numel()}
+    assert left <= {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        *(f"model.layers.{i}.mlp.router.weight" for i in range(2)),
+    }
+
+
+def test_a_decoder_that_differs_from_its_model_is_refused(monkeypatch):
+    wrong = layouts.Layout(offset=0.5)
+    monkeypatch.setitem(layouts._LAYOUTS, "llama", wrong)
+    with pytest.raises(InputError, match=r"differs from LlamaConfig's own logits by .*; generate"):
+        Engine(dense_model(LLAMA), length=64)
+
+
+def test_rotary_angles_that_move_are_refused():
+    model = dense_model(LLAMA)
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(InputError, match="rope_type dynamic has no native decoder"):
+        Engine(model, length=64)
+
+
+@pytest.mark.parametrize(
+    ("ids", "slot", "position", "message"),
+    [
+        ([], [], [], "a step reads 1 to 512 tokens, got 0"),
+        ([3], [1], [0], r"slots must be in \[0, 1\), got \[1\]"),
+        ([3], [-1], [0], r"slots must be in \[0, 1\)"),
+        ([3], [0], [64], r"positions must be in \[0, 64\), got 64; make the decoder with a larger"),
+        ([3], [0], [-1], r"positions must be in \[0, 64\)"),
+        ([3, 4], [0], [0, 1], "one per token"),
+    ],
+)
+def test_steps_outside_of_the_cache_are_refused(ids, slot, position, message):
+    decoder = Decoder(dense_model(LLAMA), length=64)
+    with pytest.raises(InputError, match=message):
+        decoder.step(*(torch.tensor(x, dtype=torch.int64) for x in (ids, slot, position)), [])
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_unknown_tokens_raise(token):
+    decoder = Decoder(dense_model(LLAMA), length=64)
+    zero = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(IndexError):
+        decoder.step(torch.tensor([token]), zero, zero, [0])
+
+
+def test_text_that_does_not_fit_is_refused_before_it_starts():
+    engine = Engine(dense_model(LLAMA), length=64)
+    with pytest.raises(InputError, match="take 65 positions, more than the 64 of this engine"):
+        engine.generate(PROMPT.tolist(), 54)
+    assert len(engine.generate(PROMPT.tolist(), 53)) == 53
+    with pytest.raises(InputError, match="at least 1 token"):
+        engine.generate([], 3)
+    with pytest.raises(InputError, match="max_new_tokens must be at least 1, got 0"):
+        engine.generate([3], 0)
+
+
+def test_stop_ends_the_text_and_is_not_part_of_it():
+    engine = Engine(dense_model(LLAMA), length=64)
+    free = engine.generate(PROMPT.tolist(), 20)
+    stop = free[5]
+    assert engine.generate(PROMPT.tolist(), 20, stop={stop}) == free[: free.index(stop)]
+
+
+def test_samples_repeat_with_their_seed_and_stay_in_the_mass():
+    engine = Engine(dense_model(LLAMA), length=64)
+    hot = Sampling(temperature=1.5, seed=4)
+    first = engine.generate(PROMPT.tolist(), 20, sampling=hot)
+    assert engine.generate(PROMPT.tolist(), 20, sampling=hot) == first
+    other = Sampling(temperature=1.5, seed=5)
+    assert engine.generate(PROMPT.tolist(), 20, sampling=other) != first
+    # A mass that the likeliest token alone fills is greedy.
+    narrow = Sampling(temperature=1.0, top_p=1e-6)
+    assert engine.generate(PROMPT.tolist(), 20, sampling=narrow) == engine.generate(
+        PROMPT.tolist(), 20
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
+        ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+    ],
+)
+def test_sampling_is_checked(options, message):
+    with pytest.raises(InputError, match=message):
+        Sampling(**options)
+
+
+def test_packed_experts_serve_models_that_stay_in_transformers(monkeypatch):
+    calls = []
+    native = select._native
+    monkeypatch.setattr(select, "_native", lambda *a: calls.append(1) or native(*a))
+    ours = converted(LLAMA)
+    config = MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    torch.manual_seed(0)
+    theirs = MixtralForCausalLM(config).eval()
+    theirs.set_experts_implementation("moesaic")
+    for model in (ours, theirs):
+        expected = logits_of(model, PROMPT)
+        calls.clear()
+        assert pack_experts(model) > 0
+        torch.testing.assert_close(logits_of(model, PROMPT), expected, rtol=1e-4, atol=1e-4)
+        assert len(calls) == 2
+    assert len(moe_layers(ours)) == 2
+
+
+def test_a_dense_model_has_no_experts_to_pack():
+    with pytest.raises(InputError, match="has no experts to pack; convert it first"):
+        pack_experts(dense_model(LLAMA))
