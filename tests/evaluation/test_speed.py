@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 
 import numpy as np
 import pytest
@@ -8,8 +9,11 @@ from evaluation_cases import VOCAB, convert, dense_model
 from moesaic._errors import InputError, RunError
 from moesaic.evaluation import SpeedConfig, measure_speed
 from moesaic.evaluation.speed import greedy_tokens
+from moesaic.inference.engine import Engine
+from moesaic.ops.cpu import library
 
-QUICK = SpeedConfig(prefill_tokens=16, prompt_tokens=4, decode_tokens=3, repeats=3, warmup=1)
+WITH_ENGINE = SpeedConfig(prefill_tokens=16, prompt_tokens=4, decode_tokens=3, repeats=3, warmup=1)
+QUICK = dataclasses.replace(WITH_ENGINE, engine=False)
 
 
 class Counts:
@@ -54,6 +58,31 @@ def test_models_run_in_turns(calls):
             assert 0 < rate.low <= rate.median <= rate.high
     assert result.machine["threads"] == torch.get_num_threads()
     assert result.machine["dtype"] == "float32"
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+def test_the_engine_reads_and_writes_the_same_tokens(monkeypatch):
+    read = []
+    prefill = Engine.prefill
+    monkeypatch.setattr(
+        Engine, "prefill", lambda self, ids, **k: read.append(len(ids)) or prefill(self, ids, **k)
+    )
+    progress = Counts()
+    models = {"dense": dense_model(), "moe": convert(dense_model())}
+    result = measure_speed(models, WITH_ENGINE, progress)
+    assert read == [16, 4, 1, 1, 1] * 8
+    assert progress.done == 16
+    assert result.engine.keys() == models.keys()
+    assert all(speed.decode_tokens_per_s.low > 0 for speed in result.engine.values())
+
+
+def test_one_model_without_an_engine_leaves_all_to_transformers(monkeypatch, caplog):
+    models = {"dense": dense_model(), "odd": dense_model()}
+    models["odd"].config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4}
+    result = measure_speed(models, WITH_ENGINE)
+    assert result.engine == {}
+    assert result.models.keys() == models.keys()
+    assert "speed is measured in transformers alone: " in caplog.text
 
 
 def test_rates_are_tokens_over_seconds(monkeypatch):

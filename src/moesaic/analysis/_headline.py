@@ -130,22 +130,27 @@ def _capital(text: str) -> str:
 
 
 def _speed(model: Mapping[str, Any], dense: Mapping[str, Any], phase: str) -> str:
-    own, parent = _record.speed_median(model, phase), _record.speed_median(dense, phase)
+    # In the engine if both ran there: whoever asks for speed runs it there.
+    in_engine = _record.speed_median(model, phase, "engine_speed") is not None
+    runtime = "engine_speed" if in_engine else "speed"
+    own, parent = (_record.speed_median(m, phase, runtime) for m in (model, dense))
     if own is None or not parent:
         return ""
     what = {"prefill": "reading a prompt", "decode": "writing text"}[phase]
     times = multiple(own / parent)
-    if _speeds_overlap(model, dense, phase):
+    if _speeds_overlap(model, dense, phase, runtime):
         return f"{what} is about as fast as dense ({times})"
     if own < parent:
         return f"{what} is slower, {times} the speed of dense"
     return f"{what} runs at {times} the speed of dense"
 
 
-def _speeds_overlap(model: Mapping[str, Any], dense: Mapping[str, Any], phase: str) -> bool:
+def _speeds_overlap(
+    model: Mapping[str, Any], dense: Mapping[str, Any], phase: str, runtime: str
+) -> bool:
     key = f"{phase}_tokens_per_s"
-    one = _record.section(_record.section(model, "speed"), key)
-    other = _record.section(_record.section(dense, "speed"), key)
+    one = _record.section(_record.section(model, runtime), key)
+    other = _record.section(_record.section(dense, runtime), key)
     low = _record.number(one, "low"), _record.number(other, "low")
     high = _record.number(one, "high"), _record.number(other, "high")
     if low[0] is None or low[1] is None or high[0] is None or high[1] is None:

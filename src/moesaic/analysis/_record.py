@@ -165,6 +165,9 @@ def matching_baseline(
     return min(pruned, key=distance)
 
 
-def speed_median(model: Mapping[str, Any], phase: str) -> float | None:
-    """Get the median tokens per second of a phase, `prefill` or `decode`."""
-    return number(section(section(model, "speed"), f"{phase}_tokens_per_s"), "median")
+def speed_median(model: Mapping[str, Any], phase: str, key: str = "speed") -> float | None:
+    """Get the median tokens per second of a phase, `prefill` or `decode`.
+
+    `key` says where it ran: `speed` in transformers, `engine_speed` in the decode engine.
+    """
+    return number(section(section(model, key), f"{phase}_tokens_per_s"), "median")

@@ -63,6 +63,8 @@ def main_table(record: Mapping[str, Any]) -> tuple[list[Column], list[Row]]:
         Column(key="bytes", title="Bytes"),
         Column(key="prefill tokens/s", title="Prefill tokens/s"),
         Column(key="decode tokens/s", title="Decode tokens/s"),
+        Column(key="engine prefill tokens/s", title="Engine prefill tokens/s"),
+        Column(key="engine decode tokens/s", title="Engine decode tokens/s"),
     ]
     dense = _record.dense_model(record)
     rows = [
@@ -100,13 +102,14 @@ def _cells(
     cells["active parameters"] = active
     cells["FLOPs per token"] = _plain(cost, "flops_per_token", _format.scaled)
     cells["bytes"] = _plain(cost, "bytes", _format.byte_size)
-    for phase in ("prefill", "decode"):
-        speed = _record.section(_record.section(model, "speed"), f"{phase}_tokens_per_s")
-        cell = _measured(speed, "median", "low", "high", _format.scaled)
-        parent = None if dense is None else _record.speed_median(dense, phase)
-        if cell.value is not None and parent:
-            cell = cell._replace(beside=f"{_format.multiple(cell.value / parent)} dense")
-        cells[f"{phase} tokens/s"] = cell
+    for key, where in (("speed", ""), ("engine_speed", "engine ")):
+        for phase in ("prefill", "decode"):
+            speed = _record.section(_record.section(model, key), f"{phase}_tokens_per_s")
+            cell = _measured(speed, "median", "low", "high", _format.scaled)
+            parent = None if dense is None else _record.speed_median(dense, phase, key)
+            if cell.value is not None and parent:
+                cell = cell._replace(beside=f"{_format.multiple(cell.value / parent)} dense")
+            cells[f"{where}{phase} tokens/s"] = cell
     return cells
 
 

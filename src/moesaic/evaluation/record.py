@@ -182,6 +182,8 @@ def evaluate(
         speeds = measure_speed(plain_models, config.speed, progress, prompt_ids=prompt_ids)
         for entry in record["models"]:
             entry["speed"] = asdict(speeds.models[entry["name"]])
+            if entry["name"] in speeds.engine:
+                entry["engine_speed"] = asdict(speeds.engine[entry["name"]])
     main = next((n for n, s in models.items() if s.kind not in ("dense", "static-pruning")), None)
     if main is not None:
         model, activation = models[main].model, qualities[main].activation

@@ -8,11 +8,13 @@ Shapes: S tokens of the prompt.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +26,9 @@ from moesaic._errors import InputError, RunError
 from moesaic._progress import SILENT, Progress
 from moesaic.evaluation._mode import measuring
 from moesaic.evaluation.machine import machine_info
+from moesaic.inference.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +41,8 @@ class SpeedConfig:
         decode_tokens: Tokens decoded greedily, one at a time, with the cache.
         repeats: Timed runs of each model; 5 give a median and a spread.
         warmup: Untimed runs of each model before.
+        engine: Whether the decode engine is timed beside transformers, where it can run the models.
+        engine_weights: How it stores weights.
     """
 
     prefill_tokens: int = 512
@@ -43,6 +50,8 @@ class SpeedConfig:
     decode_tokens: int = 32
     repeats: int = 5
     warmup: int = 1
+    engine: bool = True
+    engine_weights: Literal["float32", "bfloat16", "int8"] = "bfloat16"
 
     def __post_init__(self) -> None:
         for name in ("prefill_tokens", "prompt_tokens", "decode_tokens", "repeats"):
@@ -74,11 +83,13 @@ class SpeedResult:
     """Speeds measured in one run.
 
     Attributes:
-        models: Speed of each model.
+        models: Speed of each model in transformers.
+        engine: Speed of each in the decode engine; empty if it cannot run one of them.
         machine: What they ran on, with the number of threads.
     """
 
     models: Mapping[str, Speed]
+    engine: Mapping[str, Speed]
     machine: Mapping[str, Any]
 
 
@@ -107,30 +118,65 @@ def measure_speed(
         raise InputError("speed needs at least 1 model, got 0; name one")
     check_speed(models, config)
     ids_S = _prompt(models, config, prompt_ids)
-    prefill: dict[str, list[float]] = {name: [] for name in models}
-    decode: dict[str, list[float]] = {name: [] for name in models}
+    runs: dict[tuple[str, str], Callable[[], tuple[float, float]]] = {
+        ("transformers", name): partial(_run, name, model, ids_S, config)
+        for name, model in models.items()
+    }
+    for name, engine in _engines(models, config).items():
+        runs["engine", name] = partial(_run_engine, engine, ids_S, config)
+    seconds: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in runs}
     rounds = config.warmup + config.repeats
-    names = list(models)
-    with (progress or SILENT).stage("speed", rounds * len(models), "runs") as stage:
+    keys = list(runs)
+    with (progress or SILENT).stage("speed", rounds * len(runs), "runs") as stage:
         for i in range(rounds):
             # Each round starts with another model, so that none always follows the same one.
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                with measuring(models[name]):
-                    times = _run(name, models[name], ids_S, config)
+            for key in keys[i % len(keys) :] + keys[: i % len(keys)]:
+                with measuring(models[key[1]]):
+                    times = runs[key]()
                 if i >= config.warmup:
-                    prefill[name].append(config.prefill_tokens / times[0])
-                    decode[name].append(config.decode_tokens / times[1])
+                    seconds[key].append(times)
                 stage.advance()
     first = next(iter(models.values()))
+    speeds = {
+        key: Speed(
+            prefill_tokens_per_s=_rate([config.prefill_tokens / s for s, _ in times]),
+            decode_tokens_per_s=_rate([config.decode_tokens / s for _, s in times]),
+        )
+        for key, times in seconds.items()
+    }
     return SpeedResult(
-        models={
-            name: Speed(
-                prefill_tokens_per_s=_rate(prefill[name]), decode_tokens_per_s=_rate(decode[name])
-            )
-            for name in models
-        },
+        models={name: speeds["transformers", name] for name in models},
+        engine={name: speed for (runtime, name), speed in speeds.items() if runtime == "engine"},
         machine=machine_info(str(first.dtype).removeprefix("torch."), str(first.device)),
     )
+
+
+def _engines(models: Mapping[str, PreTrainedModel], config: SpeedConfig) -> dict[str, Engine]:
+    """An engine for each model, or none at all: what is compared must run in the same place."""
+    if not config.engine:
+        return {}
+    length = max(config.prefill_tokens, config.prompt_tokens + config.decode_tokens)
+    try:
+        return {
+            name: Engine(model, weight_format=config.engine_weights, length=length)
+            for name, model in models.items()
+        }
+    except (InputError, RunError) as error:
+        logger.warning("speed is measured in transformers alone: %s", error)
+        return {}
+
+
+def _run_engine(engine: Engine, ids_S: Tensor, config: SpeedConfig) -> tuple[float, float]:
+    """Seconds of one prefill and of one greedy decoding in the engine."""
+    ids = ids_S.tolist()
+    start = time.perf_counter()
+    engine.prefill(ids[: config.prefill_tokens])
+    prefill_s = time.perf_counter() - start
+    token = int(engine.prefill(ids[: config.prompt_tokens]).argmax())
+    start = time.perf_counter()
+    for i in range(config.decode_tokens):
+        token = int(engine.prefill([token], start=config.prompt_tokens + i).argmax())
+    return prefill_s, time.perf_counter() - start
 
 
 def greedy_tokens(model: PreTrainedModel, ids_BS: Tensor, num_tokens: int) -> tuple[Tensor, float]:

@@ -79,7 +79,7 @@ class Decoder:
         self.weight_format: Format = weight_format or format_of(dtype)
         probe_T = torch.arange(_PROBE) * 7 % self.config.vocab_size
         with torch.no_grad(), all_experts_on(model):
-            expected_TV = model(probe_T.unsqueeze(0)).logits[0].float()
+            expected_TV = model(input_ids=probe_T.unsqueeze(0)).logits[0].float()
         # What the structs point to must live as long as they do.
         self._kept: list[Any] = []
         self._embed = model.get_input_embeddings()
