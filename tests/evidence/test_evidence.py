@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("adamoe", "dsmoe", "dynamic_routing_top_p")
+NAMES = ("adamoe", "dsmoe", "dynamic_routing_top_p", "sonicmoe")
 
 
 @pytest.fixture

@@ -17,10 +17,13 @@ from moesaic.nn.routing import Routing
 
 
 def router_options(name: str, num_experts: int, **options: Any) -> dict[str, Any]:
-    """The defaults of a router, with no more slots than experts."""
+    """The defaults of a router, with no more slots than experts, and small tiles."""
     fields = {field.name: field for field in dataclasses.fields(ROUTERS.load_config(name))}
     if "top_k" in fields:
         options.setdefault("top_k", min(fields["top_k"].default, num_experts))
+    if "tile_rows" in fields:
+        # Test batches are far smaller than the tiles of a GPU.
+        options.setdefault("tile_rows", 4)
     return options
 
 

@@ -18,6 +18,7 @@ from moesaic.cli._common import parse, show
 _EXTRAS = {
     "gguf": "gguf",
     "train": "peft",
+    "gpu": "triton",
     "eval": "lm_eval",
     "docs": "mkdocs",
     "dev": "pytest",

@@ -16,7 +16,7 @@ from moesaic.ops.masked import experts_masked
 from moesaic.ops.reference import experts_reference
 from moesaic.ops.weights import ExpertWeights
 
-Backend = Literal["auto", "reference", "masked", "grouped", "native"]
+Backend = Literal["auto", "reference", "masked", "grouped", "native", "triton"]
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -44,10 +44,12 @@ def choose(
         training: Whether gradients are wanted and every slot holds an expert, so that the output
             of each is needed, also at weight zero.
         native: Whether the weights are packed for native code and no gradient is wanted.
+        triton: Whether the Triton kernels can run the call.
 
     Returns:
         `native` where it can be; `masked` where every expert's output is needed or skipping would
-        cost more than it saves; else `grouped`.
+        cost more than it saves; else `grouped`. Never `triton`, which is for whoever asks for it
+        until a GPU has timed it.
     """
     if native:
         return _say("native", "they are packed and need no gradient")
@@ -84,6 +86,10 @@ def apply_experts(
         )
     if backend == "native":
         return _native(h_TD, ids_TK, weights_TK, weights)
+    if backend == "triton":
+        from moesaic.ops.triton.experts import experts_triton
+
+        return experts_triton(h_TD, ids_TK, weights_TK, weights)
     if backend == "masked":
         return experts_masked(h_TD, spread(ids_TK, weights_TK, weights.num_experts), weights)
     function = experts_reference if backend == "reference" else experts_grouped

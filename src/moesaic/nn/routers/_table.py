@@ -24,6 +24,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"sigmoid", "variable", "may-choose-none"}),
         ),
         MethodInfo(
+            name="token-rounding",
+            target="moesaic.nn.routers.token_rounding:TokenRounding",
+            config="moesaic.nn.routers.token_rounding:TokenRoundingConfig",
+            summary="Top-k; in training each expert's count is rounded to whole tiles",
+            paper="SonicMoE, arXiv 2512.14080",
+            abilities=frozenset({"softmax", "variable", "may-choose-none", "batch-in-training"}),
+        ),
+        MethodInfo(
             name="top-p",
             target="moesaic.nn.routers.top_p:TopP",
             config="moesaic.nn.routers.top_p:TopPConfig",
