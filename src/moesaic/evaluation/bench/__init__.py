@@ -1,0 +1,1 @@
+"""Speed beside peers and beside the physical limit, checked for correctness before it is timed."""
