@@ -156,8 +156,19 @@ def ffn_cost(config: FfnConfig) -> dict[str, float]:
     }
 
 
+Build = Callable[[FfnCell, FfnConfig], tuple[Methods, "Use"]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """What the inputs of a cell ask for: experts used at all, and pairs of token and expert."""
+
+    touched: int
+    pairs: int
+
+
 def bench_ffn(config: FfnConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """Measure every combination.
+    """Measure every combination of a sparse network whose tokens each use exactly K experts.
 
     Args:
         config: What is measured.
@@ -170,42 +181,42 @@ def bench_ffn(config: FfnConfig, progress: Progress | None = None) -> dict[str, 
         InputError: If the combinations are empty or do not fit into memory.
         RunError: If ours or a peer is wrong; nothing is reported then.
     """
+    return run_cells("ffn", config, _methods, progress)
+
+
+def run_cells(
+    kind: str, config: FfnConfig, build: Build, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Measure the roof, then every cell with the methods that `build` makes."""
     cells = ffn_cells(config)
     cost = ffn_cost(config)
     require_memory(cost["memory_bytes"], "the largest combination")
     use_threads(config.threads)
-    with (progress or SILENT).stage("bench ffn", len(cells) + 1, "cells") as stage:
+    with (progress or SILENT).stage(f"bench {kind}", len(cells) + 1, "cells") as stage:
         roof = measure_roof(
             (config.dtype,), seconds=config.seconds, buffer_bytes=config.roof_mb << 20
         )
         stage.advance()
         results = []
         for cell in cells:
-            results.append(_run_cell(cell, config, roof))
+            results.append(_run_cell(cell, config, roof, build))
             stage.advance()
-    return document("ffn", config, roof, results)
+    return document(kind, config, roof, results)
 
 
-def sparse_roof(cell: FfnCell, touched: int, dtype: str, roof: Roof) -> tuple[float, float, float]:
-    """Bytes that must be read, FLOPs that must be done, and the seconds that takes.
-
-    Args:
-        cell: The combination.
-        touched: Experts that at least one token uses.
-        dtype: Of the weights.
-        roof: Of the machine.
-    """
+def sparse_roof(cell: FfnCell, use: Use, dtype: str, roof: Roof) -> tuple[float, float, float]:
+    """Bytes that must be read, FLOPs that must be done, and the seconds that takes."""
     expert = cell.weight_numbers / cell.num_experts
-    num_bytes = touched * expert * dtype_of(dtype).itemsize
-    flops = 2 * cell.num_tokens * cell.num_active * expert
+    num_bytes = use.touched * expert * dtype_of(dtype).itemsize
+    flops = 2 * use.pairs * expert
     return num_bytes, flops, roof.seconds(num_bytes, flops, dtype)
 
 
-def _run_cell(cell: FfnCell, config: FfnConfig, roof: Roof) -> dict[str, Any]:
+def _run_cell(cell: FfnCell, config: FfnConfig, roof: Roof, build: Build) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     with torch.inference_mode():
-        methods, touched = _methods(cell, config)
-        num_bytes, flops, roof_s = sparse_roof(cell, touched, config.dtype, roof)
+        methods, use = build(cell, config)
+        num_bytes, flops, roof_s = sparse_roof(cell, use, config.dtype, roof)
         rows = time_cell(methods, config.dtype, roof_s=roof_s, seconds=config.seconds)
     return {
         "shape": f"{cell.dim}x{cell.neurons}",
@@ -213,8 +224,9 @@ def _run_cell(cell: FfnCell, config: FfnConfig, roof: Roof) -> dict[str, Any]:
         "active": cell.num_active / cell.num_experts,
         "tokens": cell.num_tokens,
         "dtype": config.dtype,
-        "copies": _num_copies(cell, config),
-        "touched_experts": touched,
+        "copies": num_copies(cell, config),
+        "touched_experts": use.touched,
+        "pairs": use.pairs,
         "bytes": num_bytes,
         "flops": flops,
         "roof_ms": 1e3 * roof_s,
@@ -222,7 +234,8 @@ def _run_cell(cell: FfnCell, config: FfnConfig, roof: Roof) -> dict[str, Any]:
     }
 
 
-def _num_copies(cell: FfnCell, config: FfnConfig) -> int:
+def num_copies(cell: FfnCell, config: FfnConfig) -> int:
+    """Copies of the weights that together fill the working set."""
     one = cell.weight_numbers * dtype_of(config.dtype).itemsize
     return max(1, math.ceil((config.working_set_mb << 20) / one))
 
@@ -231,12 +244,12 @@ def _memory(cell: FfnCell, config: FfnConfig) -> float:
     """Bytes at most: dense, split, packed and kt-kernel's copies, the reference, the roof."""
     one = cell.weight_numbers * dtype_of(config.dtype).itemsize
     activations = 4 * cell.num_tokens * (cell.num_active * cell.dim + 4 * cell.neurons)
-    copies = 4 * _num_copies(cell, config) * one
+    copies = 4 * num_copies(cell, config) * one
     return max(copies + 8 * cell.weight_numbers + 2 * activations, 2 * (config.roof_mb << 20))
 
 
-def _methods(cell: FfnCell, config: FfnConfig) -> tuple[Methods, int]:
-    """Build every method on its copies of the weights; also the number of experts touched."""
+def _methods(cell: FfnCell, config: FfnConfig) -> tuple[Methods, Use]:
+    """Build every method on its copies of the weights."""
     dtype = dtype_of(config.dtype)
     width = cell.neurons // cell.num_experts
     up = torch.randn(cell.num_experts, 2 * width, cell.dim).div_(cell.dim**0.5)
@@ -246,7 +259,7 @@ def _methods(cell: FfnCell, config: FfnConfig) -> tuple[Methods, int]:
     # Random rows, random inputs: the choices of two tokens are independent.
     router_ED = torch.randn(cell.num_experts, cell.dim).to(dtype)
     ids_TK, weights_TK = route(h_TD, router_ED, cell.num_active)
-    touched = int(ids_TK.unique().numel())
+    use = Use(touched=int(ids_TK.unique().numel()), pairs=ids_TK.numel())
     wide = weights._replace(up=weights.up.float(), down=weights.down.float())
     sparse = experts_reference(h_TD.float(), ids_TK, weights_TK, wide)
     all_TE = torch.arange(cell.num_experts).expand(cell.num_tokens, -1)
@@ -254,7 +267,7 @@ def _methods(cell: FfnCell, config: FfnConfig) -> tuple[Methods, int]:
     copies = [weights._replace(up=weights.up.clone(), down=weights.down.clone())]
     copies += [
         weights._replace(up=weights.up.clone(), down=weights.down.clone())
-        for _ in range(_num_copies(cell, config) - 1)
+        for _ in range(num_copies(cell, config) - 1)
     ]
     found = Methods()
 
@@ -262,7 +275,7 @@ def _methods(cell: FfnCell, config: FfnConfig) -> tuple[Methods, int]:
         calls = [_routed(prepare(copy), h_TD, router_ED, cell.num_active) for copy in copies]
         found.running[name] = Method(calls, sparse)
 
-    found.running[DENSE] = Method([_dense(copy, h_TD) for copy in copies], dense)
+    found.running[DENSE] = Method([dense_call(copy, h_TD) for copy in copies], dense)
     add(OURS, ours)
     for name in peers.TRANSFORMERS:
         if why := peers.why_not_transformers(name, cell.num_tokens * cell.num_active, weights):
@@ -274,7 +287,7 @@ def _methods(cell: FfnCell, config: FfnConfig) -> tuple[Methods, int]:
         found.skipped[peers.KT_KERNEL] = why
     else:
         add(peers.KT_KERNEL, lambda copy: peers.kt_experts(copy, cell.num_active, cell.num_tokens))
-    return found, touched
+    return found, use
 
 
 def route(h_TD: Tensor, router_ED: Tensor, num_active: int) -> tuple[Tensor, Tensor]:
@@ -293,7 +306,7 @@ def _routed(
     return lambda: experts(h_TD, *route(h_TD, router_ED, num_active))
 
 
-def _dense(weights: ExpertWeights, h_TD: Tensor) -> Callable[[], Tensor]:
+def dense_call(weights: ExpertWeights, h_TD: Tensor) -> Callable[[], Tensor]:
     """Make the dense network of the same neurons: three products."""
     gate_MD, up_MD = (part.flatten(0, 1) for part in weights.up.chunk(2, dim=1))
     down_DM = weights.down.permute(1, 0, 2).flatten(1).contiguous()

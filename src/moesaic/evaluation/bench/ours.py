@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from moesaic.nn.layer import MoELayer
 from moesaic.ops.select import apply_experts
 from moesaic.ops.weights import ExpertWeights
 
@@ -22,3 +23,8 @@ def ours(weights: ExpertWeights) -> ExpertsCall:
         return apply_experts(h_TD, ids_TK, weights_TK, weights)
 
     return call
+
+
+def our_layer(layer: MoELayer) -> Callable[[Tensor], Tensor]:
+    """Prepare a layer for inference; gives the function of h_TD."""
+    return layer.eval()

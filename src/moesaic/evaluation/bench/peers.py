@@ -5,6 +5,7 @@ Shapes: T tokens, K slots per token, E experts, F width of one expert, D model w
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib.util
@@ -159,6 +160,8 @@ def _kt_pool(threads: int) -> Any:
     """Make kt-kernel's pool of threads, one for the process."""
     import kt_kernel
 
+    # Its pool says goodbye on stdout when the process ends.
+    atexit.register(_end_stdout)
     config = kt_kernel.kt_kernel_ext.WorkerPoolConfig()
     config.subpool_count = 1
     config.subpool_numa_map = [0]
@@ -177,3 +180,8 @@ def _stdout_to_stderr() -> Iterator[None]:
     finally:
         os.dup2(saved, 1)
         os.close(saved)
+
+
+def _end_stdout() -> None:
+    sys.stdout.flush()
+    os.dup2(2, 1)
