@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -16,27 +18,60 @@ from moesaic._files import write_json
 from moesaic._registry import unknown_name
 from moesaic.cli._common import parse, quiet_libraries, show
 from moesaic.cli._progress import TerminalProgress
-from moesaic.evaluation.bench.ffn import FfnConfig, bench_ffn, ffn_cost
-from moesaic.evaluation.bench.layer import bench_layer
 
-_SUMMARIES = {
-    "ffn": "one sparse feed-forward network with its router, each token with exactly K experts",
-    "layer": "one layer whose gates let the number of experts vary by token",
+
+class _Kind(NamedTuple):
+    """A benchmark: module, names of its settings and functions, and what it measures."""
+
+    module: str
+    config: str
+    measure: str
+    cost: str
+    summary: str
+
+
+_KINDS = {
+    "ffn": _Kind(
+        "ffn",
+        "FfnConfig",
+        "bench_ffn",
+        "ffn_cost",
+        "one sparse feed-forward network with its router, each token with exactly K experts",
+    ),
+    "layer": _Kind(
+        "layer",
+        "FfnConfig",
+        "bench_layer",
+        "ffn_cost",
+        "one layer whose gates let the number of experts vary by token",
+    ),
+    "decode": _Kind(
+        "models",
+        "ModelConfig",
+        "bench_decode",
+        "model_bench_cost",
+        "a whole model, greedy decoding at batch size 1",
+    ),
+    "prefill": _Kind(
+        "models",
+        "ModelConfig",
+        "bench_prefill",
+        "model_bench_cost",
+        "a whole model, the reading of a prompt",
+    ),
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """Measure every combination of the lists: ours and its peers in turns, checked first.
+    """Measure ours and its peers in turns, each checked for correctness first.
 
     Attributes:
-        bench: What is measured.
         out: File for the JSON document.
-        dry_run: Say how many combinations there are, how long they take and what memory they need.
+        dry_run: Say how many cells there are, how long they take and what memory they need.
         json: Print one JSON document.
     """
 
-    bench: Annotated[FfnConfig, tyro.conf.arg(name="")]
     out: Path | None = None
     dry_run: bool = False
     json: bool = False
@@ -47,19 +82,20 @@ def run(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_help())
         return 0 if argv else 2
-    kind, *rest = argv
-    if kind not in _SUMMARIES:
-        raise UnknownNameError(unknown_name("benchmark", kind, _SUMMARIES))
-    options = parse(Options, rest, f"bench {kind}")
+    name, *rest = argv
+    if name not in _KINDS:
+        raise UnknownNameError(unknown_name("benchmark", name, _KINDS))
+    kind = _KINDS[name]
+    module = importlib.import_module(f"moesaic.evaluation.bench.{kind.module}")
+    options: Any = parse(_with_settings(getattr(module, kind.config)), rest, f"bench {name}")
     if options.out is not None and options.out.is_dir():
         raise InputError(f"out {options.out} is a directory; name a file")
-    if options.dry_run:
-        show(ffn_cost(options.bench), as_json=options.json)
-        return 0
     quiet_libraries()
-    measure: dict[str, Callable[..., dict[str, Any]]] = {"ffn": bench_ffn, "layer": bench_layer}
+    if options.dry_run:
+        show(getattr(module, kind.cost)(options.settings), as_json=options.json)
+        return 0
     with TerminalProgress() as progress:
-        result = measure[kind](options.bench, progress)
+        result = getattr(module, kind.measure)(options.settings, progress)
     if options.out is not None:
         write_json(options.out, result)
     if options.json:
@@ -69,8 +105,21 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def _with_settings(config: type) -> type:
+    """Add the settings of a benchmark to the options, under their own names."""
+    settings: Any = Annotated[config, tyro.conf.arg(name="")]
+    return dataclasses.make_dataclass(
+        "BenchOptions",
+        [("settings", settings, field(default_factory=config))],
+        bases=(Options,),
+        namespace={"__doc__": Options.__doc__},
+        frozen=True,
+        kw_only=True,
+    )
+
+
 def _help() -> str:
-    lines = [f"  {name:<8}  {summary}" for name, summary in _SUMMARIES.items()]
+    lines = [f"  {name:<8}  {kind.summary}" for name, kind in _KINDS.items()]
     return "\n".join(
         [
             "usage: moesaic bench KIND [options]",
