@@ -91,7 +91,7 @@ def judge(results: dict[str, Any]) -> tuple[dict[str, bool], str]:
     return holds, (
         f"The card's predictions: {verdict}; rounding to tiles of {TILE} tokens costs "
         f"{np.median(more_S):+.3f} nats per byte in the median and is worse on "
-        f"{int((more_S > 0).sum())} of {len(more_S)} seeds ({ours:.3f} and {base:.3f} in the mean), "
+        f"{int((more_S > 0).sum())} of {len(more_S)} seeds (means {ours:.3f} and {base:.3f}), "
         f"while padding falls from {waste:.1%} to none and {moved:.1%} of the choices change; the "
         "speed of the kernels was not measured."
     )

@@ -22,6 +22,7 @@ COMMANDS = {
     "compress": "Make a smaller dense baseline",
     "train": "Recover quality by self-distillation, at a requested budget",
     "eval": "Measure models beside their dense parent",
+    "bench": "Measure speed beside peers and the physical limit of this machine",
     "generate": "Write text with a dense or converted model",
     "report": "Turn an evaluation record into one HTML page",
     "ls": "List methods or published systems",

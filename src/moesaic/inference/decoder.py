@@ -155,13 +155,7 @@ class Decoder:
         if not isinstance(router, SigmoidThreshold):
             self._routers[i] = router
             return
-        packed = PackedRouter(
-            router.weight,
-            router.bias,
-            threshold=router.threshold,
-            value_one=router.config.value == "one",
-            normalize=router.config.normalize == "count",
-        )
+        packed = pack_router(router)
         self._kept.append(packed)
         self._layers[i].router = packed.struct
 
@@ -285,6 +279,17 @@ class Decoder:
                 f"the native decoder differs from {type(self.config).__name__}'s own logits by "
                 f"{error:.2g}, more than {bound}; generate with transformers instead"
             )
+
+
+def pack_router(router: SigmoidThreshold) -> PackedRouter:
+    """Pack a router; its threshold is that of now."""
+    return PackedRouter(
+        router.weight,
+        router.bias,
+        threshold=router.threshold,
+        value_one=router.config.value == "one",
+        normalize=router.config.normalize == "count",
+    )
 
 
 def _release(module: nn.Module, keep: nn.Module | None = None) -> None:

@@ -1,1 +1,1 @@
-"""Benchmarks against the dense model: each a function that returns plain data."""
+"""Speed beside peers and beside the physical limit, checked for correctness before it is timed."""

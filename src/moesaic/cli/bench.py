@@ -1,0 +1,171 @@
+"""Measure speed beside peers and beside the physical limit of this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from moesaic._errors import InputError, UnknownNameError
+from moesaic._files import write_json
+from moesaic._registry import unknown_name
+from moesaic.cli._common import parse, quiet_libraries, show
+from moesaic.cli._progress import TerminalProgress
+
+
+class _Kind(NamedTuple):
+    """A benchmark: module, names of its settings and functions, and what it measures."""
+
+    module: str
+    config: str
+    measure: str
+    cost: str
+    summary: str
+
+
+_KINDS = {
+    "ffn": _Kind(
+        "ffn",
+        "FfnConfig",
+        "bench_ffn",
+        "ffn_cost",
+        "one sparse feed-forward network with its router, each token with exactly K experts",
+    ),
+    "layer": _Kind(
+        "layer",
+        "FfnConfig",
+        "bench_layer",
+        "ffn_cost",
+        "one layer whose gates let the number of experts vary by token",
+    ),
+    "decode": _Kind(
+        "models",
+        "ModelConfig",
+        "bench_decode",
+        "model_bench_cost",
+        "a whole model, greedy decoding at batch size 1",
+    ),
+    "prefill": _Kind(
+        "models",
+        "ModelConfig",
+        "bench_prefill",
+        "model_bench_cost",
+        "a whole model, the reading of a prompt",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure ours and its peers in turns, each checked for correctness first.
+
+    Attributes:
+        out: File for the JSON document.
+        dry_run: Say how many cells there are, how long they take and what memory they need.
+        json: Print one JSON document.
+    """
+
+    out: Path | None = None
+    dry_run: bool = False
+    json: bool = False
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in _KINDS:
+        raise UnknownNameError(unknown_name("benchmark", name, _KINDS))
+    kind = _KINDS[name]
+    module = importlib.import_module(f"moesaic.evaluation.bench.{kind.module}")
+    options: Any = parse(_with_settings(getattr(module, kind.config)), rest, f"bench {name}")
+    if options.out is not None and options.out.is_dir():
+        raise InputError(f"out {options.out} is a directory; name a file")
+    quiet_libraries()
+    if options.dry_run:
+        show(getattr(module, kind.cost)(options.settings), as_json=options.json)
+        return 0
+    with TerminalProgress() as progress:
+        result = getattr(module, kind.measure)(options.settings, progress)
+    if options.out is not None:
+        write_json(options.out, result)
+    if options.json:
+        show(result, as_json=True)
+    else:
+        _print(result)
+    return 0
+
+
+def _with_settings(config: type) -> type:
+    """Add the settings of a benchmark to the options, under their own names."""
+    settings: Any = Annotated[config, tyro.conf.arg(name="")]
+    return dataclasses.make_dataclass(
+        "BenchOptions",
+        [("settings", settings, field(default_factory=config))],
+        bases=(Options,),
+        namespace={"__doc__": Options.__doc__},
+        frozen=True,
+        kw_only=True,
+    )
+
+
+def _help() -> str:
+    lines = [f"  {name:<8}  {kind.summary}" for name, kind in _KINDS.items()]
+    return "\n".join(
+        [
+            "usage: moesaic bench KIND [options]",
+            "",
+            "Measure speed beside peers and beside the physical limit of this machine.",
+            "",
+            *lines,
+            "",
+            "Options: --out FILE, --dry-run, --json; moesaic bench KIND --help says more.",
+        ]
+    )
+
+
+def _print(result: dict[str, Any]) -> None:
+    """Print a table per cell."""
+    console = Console(width=None if Console().is_terminal else 110)
+    roof, machine = result["roof"], result["machine"]
+    peaks = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in roof["flops_per_s"].items())
+    console.print(
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}: reads "
+        f"{roof['read_bytes_per_s'] / 1e9:.1f} GB/s, copies {roof['copy_bytes_per_s'] / 1e9:.1f} "
+        f"GB/s, GFLOP/s {peaks}"
+    )
+    for cell in result["cells"]:
+        table = Table(
+            "method",
+            "median ms",
+            "quartiles",
+            "times faster than dense",
+            "times the roof",
+            title=(
+                f"{cell['shape']} {cell['dtype']}, {cell['tokens']} tokens, {cell['experts']} "
+                f"experts, {cell['active']:.3g} active; roof {cell['roof_ms']:.3g} ms"
+            ),
+            box=None,
+            title_justify="left",
+        )
+        for row in cell["rows"]:
+            if "skipped" in row:
+                table.add_row(row["method"], "-", row["skipped"])
+                continue
+            table.add_row(
+                row["method"],
+                f"{row['median_ms']:.3g}",
+                f"{row['low_ms']:.3g} - {row['high_ms']:.3g}",
+                f"{row['faster_than_dense']:.2f}",
+                f"{row['times_roof']:.2f}",
+            )
+        console.print(table)

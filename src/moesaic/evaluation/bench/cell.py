@@ -1,0 +1,179 @@
+"""One cell of a benchmark: every method checked against the reference, then timed in turns."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from moesaic._errors import InputError, RunError
+from moesaic.evaluation.bench.timing import in_turns, measure
+from moesaic.evaluation.machine import machine_info
+
+# Relative root mean square difference to the float32 reference that rounding explains.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+# Of the logits of a whole model, where every layer rounds what the one before gave.
+MODEL_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}
+OURS, DENSE = "moesaic", "dense"
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to compute the cell.
+
+    Attributes:
+        calls: The same computation on copies of the weights, which run in turn.
+        expected: Output of the float32 reference.
+        checked: What gives the output to compare where a call gives something else.
+    """
+
+    calls: Sequence[Callable[[], object]]
+    expected: Tensor
+    checked: Callable[[], Tensor] | None = None
+
+
+@dataclass(slots=True)
+class Methods:
+    """The methods of a cell, and why others are not in it."""
+
+    running: dict[str, Method] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def check(
+    methods: Mapping[str, Method], dtype: str, tolerance: Mapping[str, float] = TOLERANCE
+) -> dict[str, float]:
+    """Compare every method with its reference.
+
+    Args:
+        methods: By name.
+        dtype: Of their weights.
+        tolerance: Largest difference, by dtype.
+
+    Returns:
+        Relative root mean square difference by name.
+
+    Raises:
+        RunError: In one sentence, if one differs by more than rounding does.
+    """
+    differences = {}
+    for name, method in methods.items():
+        found = (method.checked or method.calls[0])()
+        assert isinstance(found, Tensor)
+        difference = relative_rms(found, method.expected)
+        if not difference <= tolerance[dtype]:
+            raise RunError(
+                f"{name} differs from the float32 reference by {difference:.2g} (relative root "
+                f"mean square), more than the {tolerance[dtype]:g} of {dtype}; no speed is "
+                "reported until it is right"
+            )
+        differences[name] = difference
+    return differences
+
+
+def relative_rms(found: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of the expected."""
+    wide = expected.double()
+    return float((found.double() - wide).square().mean().sqrt() / wide.square().mean().sqrt())
+
+
+def time_cell(
+    methods: Methods,
+    dtype: str,
+    *,
+    roof_s: float,
+    seconds: float,
+    tolerance: Mapping[str, float] = TOLERANCE,
+) -> list[dict[str, Any]]:
+    """Check the methods, then time them.
+
+    Args:
+        methods: What runs and what does not.
+        dtype: Of the weights.
+        roof_s: Shortest time that the machine allows.
+        seconds: Budget for all methods together.
+        tolerance: Largest difference to the reference, by dtype.
+
+    Returns:
+        A row per method, the skipped ones with their reason.
+
+    Raises:
+        RunError: If a method is wrong; nothing is timed then.
+    """
+    differences = check(methods.running, dtype, tolerance)
+    calls = {name: in_turns(method.calls) for name, method in methods.running.items()}
+    times = measure(calls, seconds=seconds)
+    dense = times.get(DENSE)
+    rows: list[dict[str, Any]] = [
+        {
+            "method": name,
+            "median_ms": 1e3 * timing.median_s,
+            "low_ms": 1e3 * timing.low_s,
+            "high_ms": 1e3 * timing.high_s,
+            "samples": timing.samples,
+            "calls_per_sample": timing.calls,
+            "faster_than_dense": None if dense is None else dense.median_s / timing.median_s,
+            "times_roof": timing.median_s / roof_s,
+            "difference": differences[name],
+        }
+        for name, timing in times.items()
+    ]
+    rows += [{"method": name, "skipped": why} for name, why in methods.skipped.items()]
+    return rows
+
+
+def document(kind: str, config: Any, roof: Any, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put a benchmark together: what was measured, where, when and by which commit."""
+    return {
+        "schema": 1,
+        "kind": f"bench {kind}",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": machine_info(config.dtype),
+        "config": config.to_plain(),
+        "roof": roof.to_plain(),
+        "cells": cells,
+    }
+
+
+def require_memory(num_bytes: float, what: str) -> None:
+    """Refuse what does not fit into the free memory.
+
+    Raises:
+        InputError: If it does not.
+    """
+    free = psutil.virtual_memory().available
+    if num_bytes > free:
+        raise InputError(
+            f"{what} needs about {num_bytes / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
+            "free; choose a smaller shape or lower working_set_mb"
+        )
+
+
+def use_threads(threads: int) -> None:
+    """Make torch use so many threads; 0 leaves what it has."""
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _commit() -> str:
+    """Commit of the source tree this runs from; empty for an installed package."""
+    folder = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""

@@ -1,0 +1,65 @@
+"""`moesaic bench`: its table, its document, and no output at all when a check fails."""
+
+import json
+
+import pytest
+import torch
+
+from moesaic.cli.main import main
+from moesaic.evaluation.bench import ffn as ffn_file
+from moesaic.evaluation.bench import peers
+
+FFN = ["--shape", "32x64", "--experts", "4", "--active", "0.5", "--tokens", "1", "--dtype"]
+FFN += ["float32", "--seconds", "0.01", "--roof-mb", "1", "--working-set-mb", "0"]
+MODEL = ["--model", "llama-tiny", "--tokens", "2", "--prompt-tokens", "4", "--seconds", "0.01"]
+MODEL += ["--roof-mb", "1", "--dtype", "float32"]
+
+
+@pytest.mark.parametrize("kind", ["ffn", "layer", "decode", "prefill"])
+def test_document_and_file(kind, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    options = FFN if kind in ("ffn", "layer") else MODEL
+    assert main(["bench", kind, *options, "--json", "--out", str(out)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(out.read_text())
+    assert printed["kind"] == f"bench {kind}"
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_table(capsys):
+    assert main(["bench", "ffn", *FFN]) == 0
+    text = capsys.readouterr().out
+    for word in ("GB/s", "32x64", "dense", "moesaic", "transformers grouped_mm", "times the roof"):
+        assert word in text
+    assert "bfloat16 alone is compared" in text
+
+
+def test_a_wrong_peer_leaves_nothing(tmp_path, capsys, monkeypatch):
+    def wrong(name, weights, num_slots):
+        return lambda h_TD, *routing: torch.zeros_like(h_TD)
+
+    monkeypatch.setattr(peers, "transformers_experts", wrong)
+    out = tmp_path / "result.json"
+    assert main(["bench", "ffn", *FFN, "--json", "--out", str(out)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "moesaic: transformers eager differs from the float32 reference by 1 " in printed.err
+    assert not out.exists()
+
+
+def test_dry_run_does_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(ffn_file, "measure_roof", lambda *args: pytest.fail("worked"))
+    assert main(["bench", "ffn", *FFN, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cells"] == 1
+    assert main(["bench", "decode", *MODEL, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory_bytes"] > 0
+
+
+def test_wrong_input(tmp_path, capsys):
+    assert main(["bench", "fnn"]) == 2
+    assert "did you mean ffn" in capsys.readouterr().err
+    assert main(["bench", "ffn", "--shape", "12"]) == 2
+    assert "shape must be DxM" in capsys.readouterr().err
+    assert main(["bench", "ffn", *FFN, "--out", str(tmp_path)]) == 2
+    assert "is a directory" in capsys.readouterr().err
+    assert main(["bench"]) == 2

@@ -1,0 +1,165 @@
+"""Sparse networks: the roof by hand, the check that comes first, and what the document holds."""
+
+import json
+
+import pytest
+import torch
+
+from moesaic._errors import InputError, RunError
+from moesaic.evaluation.bench import cell as cell_file
+from moesaic.evaluation.bench import ffn as ffn_file
+from moesaic.evaluation.bench import layer as layer_file
+from moesaic.evaluation.bench import peers
+from moesaic.evaluation.bench.cell import Method, Methods, require_memory, time_cell
+from moesaic.evaluation.bench.ffn import (
+    FfnCell,
+    FfnConfig,
+    Use,
+    bench_ffn,
+    ffn_cells,
+    ffn_cost,
+    sparse_roof,
+)
+from moesaic.evaluation.bench.layer import bench_layer
+from moesaic.evaluation.bench.roof import Roof, measure_roof
+
+ROOF = Roof(
+    read_bytes_per_s=100.0,
+    copy_bytes_per_s=80.0,
+    flops_per_s={"float32": 1000.0, "bfloat16": 500.0},
+    threads=1,
+    buffer_bytes=8,
+)
+
+
+def tiny(**values):
+    settings = {
+        "shape": ("32x64",),
+        "active": (0.5,),
+        "tokens": (1, 5),
+        "experts": (4,),
+        "dtype": "float32",
+        "seconds": 0.01,
+        "working_set_mb": 0,
+        "roof_mb": 1,
+    }
+    return FfnConfig(**{**settings, **values})
+
+
+@pytest.fixture(autouse=True)
+def _small_roof(monkeypatch):
+    monkeypatch.setattr(ffn_file, "measure_roof", lambda *args, **options: ROOF)
+
+
+def test_roof_by_hand():
+    cell = FfnCell(dim=2, neurons=8, num_experts=4, num_active=2, num_tokens=3)
+    # An expert has 3 * 2 * 2 = 12 numbers; 3 are touched, and 6 pairs do 2 FLOPs a number.
+    num_bytes, flops, seconds = sparse_roof(cell, Use(touched=3, pairs=6), "float32", ROOF)
+    assert (num_bytes, flops) == (3 * 12 * 4, 6 * 12 * 2)
+    assert seconds == pytest.approx(max(144 / 100, 144 / 1000))
+    # In bfloat16 half the bytes, and the better peak of the two.
+    assert sparse_roof(cell, Use(touched=3, pairs=6), "bfloat16", ROOF)[2] == pytest.approx(0.72)
+    assert ROOF.seconds(0, 2000, "bfloat16") == 2.0
+
+
+def test_roof_is_measured():
+    roof = measure_roof(("bfloat16",), seconds=1e-3, buffer_bytes=1 << 20, matrix=64)
+    assert roof.buffer_bytes == 1 << 20
+    assert set(roof.flops_per_s) == {"float32", "bfloat16"}
+    rates = [roof.read_bytes_per_s, roof.copy_bytes_per_s, *roof.flops_per_s.values()]
+    assert min(rates) > 0
+
+
+def test_combinations_that_do_not_divide_are_left_out():
+    cells = ffn_cells(tiny(experts=(4, 3, 128), active=(0.5, 0.375)))
+    assert {(cell.num_experts, cell.num_active) for cell in cells} == {(4, 2)}
+    with pytest.raises(InputError, match="no combination"):
+        ffn_cells(tiny(experts=(3,)))
+    assert ffn_cost(tiny())["cells"] == 2
+
+
+@pytest.mark.parametrize("bench", [bench_ffn, bench_layer])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_document(bench, dtype, monkeypatch):
+    monkeypatch.setattr(peers, "why_not_kt", lambda: "left out")
+    result = json.loads(json.dumps(bench(tiny(dtype=dtype))))
+    assert set(result) == {
+        "schema",
+        "kind",
+        "created",
+        "commit",
+        "machine",
+        "config",
+        "roof",
+        "cells",
+    }
+    assert result["machine"]["threads"] == torch.get_num_threads()
+    assert [cell["tokens"] for cell in result["cells"]] == [1, 5]
+    for cell in result["cells"]:
+        rows = {row["method"]: row for row in cell["rows"]}
+        assert {"dense", "moesaic"} <= set(rows)
+        for row in rows.values():
+            if "skipped" in row:
+                continue
+            assert row["low_ms"] <= row["median_ms"] <= row["high_ms"]
+            assert row["difference"] <= cell_file.TOLERANCE[dtype]
+            assert row["times_roof"] == pytest.approx(row["median_ms"] / cell["roof_ms"])
+        assert rows["dense"]["faster_than_dense"] == 1.0
+        if bench is bench_ffn:
+            assert cell["pairs"] == 2 * cell["tokens"]
+            assert {f"transformers {name}" for name in peers.TRANSFORMERS} <= set(rows)
+            assert rows["kt-kernel"]["skipped"]
+
+
+@pytest.mark.parametrize("what", ["ours", "our_layer"])
+def test_wrong_numbers_give_no_speed(what, monkeypatch):
+    def wrong(weights):
+        return lambda h_TD, *routing: torch.zeros_like(h_TD)
+
+    monkeypatch.setattr(ffn_file if what == "ours" else layer_file, what, wrong)
+    monkeypatch.setattr(cell_file, "measure", lambda *args, **options: pytest.fail("timed"))
+    bench = bench_ffn if what == "ours" else bench_layer
+    with pytest.raises(RunError, match=r"^moesaic differs from the float32 reference by 1 "):
+        bench(tiny())
+
+
+def test_not_a_number_is_wrong():
+    expected = torch.ones(2)
+    methods = Methods(running={"peer": Method([lambda: expected * torch.nan], expected)})
+    with pytest.raises(RunError, match="peer differs"):
+        time_cell(methods, "float32", roof_s=1.0, seconds=0.01)
+
+
+def test_a_peer_too_large_says_so(monkeypatch):
+    monkeypatch.setattr(peers, "_BATCHED_BYTES", 1.0)
+    rows = bench_ffn(tiny(tokens=(1,)))["cells"][0]["rows"]
+    row = next(row for row in rows if row["method"] == "transformers batched_mm")
+    assert "would gather" in row["skipped"]
+
+
+def test_memory_is_checked_before_work(monkeypatch):
+    require_memory(1, "nothing")
+    with pytest.raises(InputError, match=r"needs about 1000000000\.0 GB of memory"):
+        require_memory(1e18, "it")
+    monkeypatch.setattr(ffn_file, "measure_roof", lambda *args: pytest.fail("worked"))
+    with pytest.raises(InputError, match="the largest combination needs"):
+        bench_ffn(tiny(shape=("1048576x1048576",)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"shape": ("2048",)}, "shape must be DxM"),
+        ({"shape": ("0x8",)}, "shape must be DxM"),
+        ({"active": (0.0,)}, "active must be in"),
+        ({"active": (1.5,)}, "active must be in"),
+        ({"tokens": ()}, "tokens must name at least 1"),
+        ({"tokens": (0,)}, "tokens must be at least 1"),
+        ({"experts": (0,)}, "experts must be at least 1"),
+        ({"threads": -1}, "threads must be at least 0"),
+        ({"seconds": 0.0}, "seconds must be above 0"),
+    ],
+)
+def test_wrong_settings(values, message):
+    with pytest.raises(InputError, match=message):
+        tiny(**values)

@@ -1,0 +1,120 @@
+"""Whole models: the constant gates, the roof by hand, and both benchmarks end to end."""
+
+import pytest
+import torch
+
+from moesaic._errors import InputError, RunError
+from moesaic.evaluation.bench import models as models_file
+from moesaic.evaluation.bench.models import (
+    MOSAIC,
+    ModelConfig,
+    bench_decode,
+    bench_prefill,
+    make_mosaic,
+    model_bench_cost,
+    model_roof,
+)
+from moesaic.evaluation.bench.roof import Roof
+from moesaic.nn.layer import all_experts_on, record_routing
+
+ROOF = Roof(
+    read_bytes_per_s=1e6,
+    copy_bytes_per_s=1e6,
+    flops_per_s={"float32": 1e12},
+    threads=1,
+    buffer_bytes=8,
+)
+TINY = ModelConfig(
+    model="llama-tiny", prompt_tokens=6, tokens=3, dtype="float32", seconds=0.01, roof_mb=1
+)
+
+
+@pytest.fixture
+def dense():
+    torch.manual_seed(0)
+    return models_file._dense(TINY)
+
+
+@pytest.fixture(autouse=True)
+def _small_roof(monkeypatch):
+    monkeypatch.setattr(models_file, "measure_roof", lambda *args, **options: ROOF)
+    monkeypatch.setattr(models_file, "why_no_engine", lambda: "left out")
+
+
+def test_mosaic_has_a_constant_set_on_and_is_the_dense_model_with_all_on(dense):
+    mosaic = make_mosaic(dense, 8, 3)
+    ids_BS = torch.arange(6)[None]
+    with torch.inference_mode(), record_routing(mosaic) as routings:
+        mosaic(ids_BS)
+    on = [routing.active_TE() for routing in routings]
+    assert [each.sum(1).tolist() for each in on] == [[3] * 6, [3] * 6]
+    assert on[0][0].nonzero().flatten().tolist() == [0, 1, 2]
+    assert on[1][0].nonzero().flatten().tolist() == [1, 2, 3]
+    with torch.inference_mode(), all_experts_on(mosaic):
+        torch.testing.assert_close(mosaic(ids_BS).logits, dense(ids_BS).logits)
+    with pytest.raises(InputError, match="experts must divide the 256 neurons"):
+        make_mosaic(dense, 7, 3)
+
+
+def test_roof_by_hand(dense):
+    mosaic = make_mosaic(dense, 8, 3)
+    # Per layer: q and o of 64x64, k and v of 32x64, two norms, router and its bias, 3 of 8 blocks.
+    layer = 2 * 64 * 64 + 2 * 32 * 64 + 2 * 64 + 8 * 64 + 8 + 3 * 64 * 256 * 3 // 8
+    read = 2 * layer + 64 + 512 * 64
+    num_bytes, _, seconds = model_roof(mosaic, TINY, 6, 3, ROOF)
+    assert num_bytes == 3 * 4 * read
+    assert seconds == pytest.approx(3 * 4 * read / 1e6)
+    assert model_roof(mosaic, TINY, 6, 0, ROOF)[0] == 4 * read
+
+
+@pytest.mark.parametrize("bench", [bench_decode, bench_prefill])
+def test_end_to_end(bench):
+    (cell,) = bench(TINY)["cells"]
+    rows = {row["method"]: row for row in cell["rows"]}
+    assert cell["tokens"] == (3 if bench is bench_decode else 6)
+    assert rows["moesaic"] == {"method": "moesaic", "skipped": "left out"}
+    for name in ("dense", MOSAIC):
+        row = rows[name]
+        assert row["tokens_per_s"] == pytest.approx(1e3 * cell["tokens"] / row["median_ms"])
+        assert row["difference"] < 1e-3
+
+
+def test_engine_is_checked_before_it_is_timed(monkeypatch):
+    class Wrong:
+        def prefill(self, ids_S):
+            return torch.zeros(1, 512)
+
+    monkeypatch.setattr(models_file, "why_no_engine", lambda: "")
+    monkeypatch.setattr(models_file, "our_engine", lambda model: Wrong())
+    with pytest.raises(RunError, match=r"^moesaic differs"):
+        bench_decode(TINY)
+
+
+def test_engine_is_timed(monkeypatch):
+    class Engine:
+        def __init__(self, model):
+            self.model = model
+
+        def prefill(self, ids_S):
+            return self.model(ids_S[None]).logits[0, -1]
+
+        def generate(self, prompt_ids, max_new_tokens):
+            ids_BS = torch.tensor([prompt_ids])
+            return self.model.generate(ids_BS, max_new_tokens=max_new_tokens)[0].tolist()
+
+    monkeypatch.setattr(models_file, "why_no_engine", lambda: "")
+    monkeypatch.setattr(models_file, "our_engine", Engine)
+    for bench in (bench_decode, bench_prefill):
+        rows = {row["method"]: row for row in bench(TINY)["cells"][0]["rows"]}
+        assert rows["moesaic"]["median_ms"] > 0
+
+
+def test_cost_and_wrong_settings():
+    cost = model_bench_cost(ModelConfig(model="llama-1.1b"))
+    assert 6e9 < cost["memory_bytes"] < 12e9
+    with pytest.raises(InputError, match="whole number of experts"):
+        ModelConfig(active=0.3)
+    with pytest.raises(InputError, match="tokens and roof_mb must be at least 1"):
+        ModelConfig(tokens=0)
+    with pytest.raises(InputError, match="seconds above 0"):
+        ModelConfig(seconds=0.0)
