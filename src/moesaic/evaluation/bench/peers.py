@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import os
@@ -24,7 +25,7 @@ from moesaic.ops.weights import ExpertWeights
 TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
 KT_KERNEL = "kt-kernel"
 # batched_mm gathers the weights of every slot, so its memory grows with the tokens.
-_BATCHED_BYTES = 4e9
+_BATCHED_BYTES = 1e9
 
 
 def transformers_experts(name: str, weights: ExpertWeights, num_slots: int) -> ExpertsCall:
@@ -178,6 +179,8 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.dup2(2, 1)
         yield
     finally:
+        # What C buffered must leave before the descriptor is stdout again.
+        ctypes.CDLL(None).fflush(None)
         os.dup2(saved, 1)
         os.close(saved)
 
