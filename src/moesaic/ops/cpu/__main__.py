@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from moesaic.ops.cpu import library
 
 
@@ -9,10 +11,10 @@ def main() -> None:
     """Compile, or say why not; without native code everything still runs, in plain torch."""
     reason = library.why_not()
     if reason:
-        print(f"{reason}; experts will run in plain torch")
+        sys.stdout.write(f"{reason}; experts will run in plain torch\n")
         return
     library.library()
-    print("native kernels are ready")
+    sys.stdout.write("native kernels are ready\n")
 
 
 if __name__ == "__main__":
