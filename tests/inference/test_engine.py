@@ -14,8 +14,8 @@ from moesaic._errors import InputError
 from moesaic.inference import Decoder, Engine, Sampling, pack_experts
 from moesaic.inference import _layout as layouts
 from moesaic.nn.layer import moe_layers, record_routing
-from moesaic.ops import select
 from moesaic.ops.cpu import library
+from moesaic.ops.cpu.packed import PackedExperts
 
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
 
@@ -258,8 +258,8 @@ def test_sampling_is_checked(options, message):
 
 def test_packed_experts_serve_models_that_stay_in_transformers(monkeypatch):
     calls = []
-    native = select._native
-    monkeypatch.setattr(select, "_native", lambda *a: calls.append(1) or native(*a))
+    native = PackedExperts.__call__
+    monkeypatch.setattr(PackedExperts, "__call__", lambda *a: calls.append(1) or native(*a))
     ours = converted(LLAMA)
     config = MixtralConfig(
         vocab_size=VOCAB,

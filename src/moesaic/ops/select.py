@@ -5,12 +5,15 @@ Shapes: T tokens, K slots per token, E experts.
 
 from __future__ import annotations
 
+import importlib
 import logging
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from moesaic._errors import InputError
 from moesaic.ops.grouped import experts_grouped
 from moesaic.ops.masked import experts_masked
 from moesaic.ops.reference import experts_reference
@@ -85,15 +88,23 @@ def apply_experts(
             native=not grad and _runs_native(h_TD, weights),
         )
     if backend == "native":
-        return _native(h_TD, ids_TK, weights_TK, weights)
+        if weights.packed is None:
+            raise InputError(
+                "backend 'native' needs packed weights; see moesaic.inference.pack_experts"
+            )
+        return weights.packed(h_TD, ids_TK, weights_TK)
     if backend == "triton":
-        from moesaic.ops.triton.experts import experts_triton
-
-        return experts_triton(h_TD, ids_TK, weights_TK, weights)
+        return _experts_triton()(h_TD, ids_TK, weights_TK, weights)
     if backend == "masked":
         return experts_masked(h_TD, spread(ids_TK, weights_TK, weights.num_experts), weights)
     function = experts_reference if backend == "reference" else experts_grouped
     return function(h_TD, ids_TK, weights_TK, weights)
+
+
+def _experts_triton() -> Callable[..., Tensor]:
+    # Imported by name: the code beside a checkpoint must load where triton is not installed.
+    function: Callable[..., Tensor] = importlib.import_module("moesaic.ops.triton").experts_triton
+    return function
 
 
 def _runs_native(h_TD: Tensor, weights: ExpertWeights) -> bool:
@@ -106,14 +117,6 @@ def _runs_native(h_TD: Tensor, weights: ExpertWeights) -> bool:
         _say("grouped", "the weights changed since they were packed; pack them again")
         return False
     return True
-
-
-def _native(h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, weights: ExpertWeights) -> Tensor:
-    # Not imported before it is needed: the code beside a checkpoint has no native part.
-    from moesaic.ops.cpu.packed import PackedExperts, experts_cpu, format_of
-
-    packed = weights.packed or PackedExperts(weights, format_of(weights.up.dtype))
-    return experts_cpu(h_TD, ids_TK, weights_TK, packed)
 
 
 def _holds_all(ids_TK: Tensor, num_experts: int) -> bool:

@@ -6,16 +6,13 @@ Shapes: T tokens, K slots per token, E experts, F width of one expert, D model w
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic._errors import UnknownNameError
 from moesaic._registry import unknown_name
-
-if TYPE_CHECKING:
-    from moesaic.ops.cpu.packed import PackedExperts
 
 
 def _relu2(x: Tensor) -> Tensor:
@@ -51,6 +48,18 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
+class Packed(Protocol):
+    """A copy of experts in the order in which native code reads them."""
+
+    def __call__(self, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Compute the reference's result, without gradients."""
+        ...
+
+    def is_copy_of(self, weights: ExpertWeights) -> bool:
+        """Whether these are still the weights that were packed, unchanged."""
+        ...
+
+
 class ExpertWeights(NamedTuple):
     """Weights of E experts and how they are applied.
 
@@ -73,7 +82,7 @@ class ExpertWeights(NamedTuple):
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     glu: Callable[[Tensor], Tensor] | None = None
-    packed: PackedExperts | None = None
+    packed: Packed | None = None
 
     @property
     def num_experts(self) -> int:

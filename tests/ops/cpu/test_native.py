@@ -19,7 +19,7 @@ from moesaic._errors import InputError, RunError
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold, SigmoidThresholdConfig
 from moesaic.ops import select
 from moesaic.ops.cpu import library, packed
-from moesaic.ops.cpu.packed import PackedExperts, PackedLinear, experts_cpu
+from moesaic.ops.cpu.packed import PackedExperts, PackedLinear
 from moesaic.ops.reference import experts_reference
 from moesaic.ops.select import apply_experts
 
@@ -44,7 +44,7 @@ CASES = [
 
 def run(inputs: Inputs, weight_format: str) -> torch.Tensor:
     copy = PackedExperts(inputs.weights, weight_format)
-    return experts_cpu(inputs.h_TD, inputs.ids_TK, inputs.weights_TK, copy)
+    return copy(inputs.h_TD, inputs.ids_TK, inputs.weights_TK)
 
 
 def round_rows(x: torch.Tensor) -> torch.Tensor:
@@ -86,10 +86,10 @@ def test_every_activation(name):
 def test_a_token_does_not_see_its_batch_to_the_last_bit(weight_format):
     inputs = Case(T=40, D=48, F=40, pattern="some-empty", bias=True).inputs(torch.float32)
     copy = PackedExperts(inputs.weights, weight_format)
-    together = experts_cpu(inputs.h_TD, inputs.ids_TK, inputs.weights_TK, copy)
+    together = copy(inputs.h_TD, inputs.ids_TK, inputs.weights_TK)
     for t in range(40):
         one = slice(t, t + 1)
-        alone = experts_cpu(inputs.h_TD[one], inputs.ids_TK[one], inputs.weights_TK[one], copy)
+        alone = copy(inputs.h_TD[one], inputs.ids_TK[one], inputs.weights_TK[one])
         assert torch.equal(alone, together[one])
 
 
@@ -114,16 +114,13 @@ def test_no_uninitialised_memory_is_read(monkeypatch):
 
 def test_strides_of_the_inputs_do_not_matter():
     h_TD, ids_TK, weights_TK, weights = Case(D=24, F=16).inputs(torch.float32)
-    expected = experts_cpu(h_TD, ids_TK, weights_TK, PackedExperts(weights))
+    expected = PackedExperts(weights)(h_TD, ids_TK, weights_TK)
     strided = weights._replace(
         up=weights.up.transpose(1, 2).contiguous().transpose(1, 2),
         down=weights.down.transpose(1, 2).contiguous().transpose(1, 2),
     )
-    actual = experts_cpu(
-        h_TD.T.contiguous().T,
-        ids_TK.T.contiguous().T,
-        weights_TK.T.contiguous().T,
-        PackedExperts(strided),
+    actual = PackedExperts(strided)(
+        h_TD.T.contiguous().T, ids_TK.T.contiguous().T, weights_TK.T.contiguous().T
     )
     assert torch.equal(actual, expected)
 
@@ -132,8 +129,8 @@ def test_ids_out_of_range_are_empty_slots():
     h_TD, ids_TK, weights_TK, weights = Case(pattern="some-empty").inputs(torch.float32)
     wild_TK = torch.where(ids_TK == -1, -(2**40), torch.where(ids_TK == 6, 2**40, ids_TK))
     copy = PackedExperts(weights)
-    expected = experts_cpu(h_TD, ids_TK, weights_TK, copy)
-    assert torch.equal(experts_cpu(h_TD, wild_TK, weights_TK, copy), expected)
+    expected = copy(h_TD, ids_TK, weights_TK)
+    assert torch.equal(copy(h_TD, wild_TK, weights_TK), expected)
 
 
 def test_bfloat16_goes_in_and_out():
@@ -172,8 +169,8 @@ def test_selected_when_packed_and_no_gradient_is_wanted(caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="moesaic.ops.select")
     h_TD, ids_TK, weights_TK, weights = Case().inputs(torch.float32)
     calls = []
-    native = select._native
-    monkeypatch.setattr(select, "_native", lambda *a: calls.append(1) or native(*a))
+    native = PackedExperts.__call__
+    monkeypatch.setattr(PackedExperts, "__call__", lambda *a: calls.append(1) or native(*a))
     weights = weights._replace(packed=PackedExperts(weights))
     expected = experts_reference(h_TD, ids_TK, weights_TK, weights)
     out_TD = apply_experts(h_TD, ids_TK, weights_TK, weights)
@@ -192,6 +189,11 @@ def test_selected_when_packed_and_no_gradient_is_wanted(caplog, monkeypatch):
     torch.testing.assert_close(changed, expected, rtol=1e-4, atol=1e-5)
     assert "changed since they were packed" in caplog.text
     assert len(calls) == 1
+
+
+def test_native_without_a_copy_says_how_to_make_one():
+    with pytest.raises(InputError, match="needs packed weights"):
+        apply_experts(*Case().inputs(torch.float32), backend="native")
 
 
 def test_an_own_gate_has_no_native_code():

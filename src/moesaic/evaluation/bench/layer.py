@@ -88,7 +88,10 @@ def _threshold(scores_TE: Tensor, active: float) -> float:
     """The threshold that this part of the gates exceeds."""
     ordered = scores_TE.flatten().sigmoid().sort().values
     num_off = round((1.0 - active) * ordered.numel())
-    return float(ordered[num_off - 1]) if num_off else 0.0
+    if not num_off:
+        return 0.0
+    # Between two gates, so that no rounding of either changes which exceed it.
+    return float(ordered[num_off - 1 : num_off + 1].mean())
 
 
 def _on(path: Backend, layer: MoELayer) -> MoELayer:

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from moesaic.nn.routing import Routing
 from moesaic.ops.masked import experts_masked
 from moesaic.ops.select import Backend, apply_experts
-from moesaic.ops.weights import ExpertWeights, activation
-
-if TYPE_CHECKING:
-    from moesaic.ops.cpu.packed import PackedExperts
+from moesaic.ops.weights import ExpertWeights, Packed, activation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +45,7 @@ class Experts(nn.Module, ABC):
     num_experts: int
     width: int
     backend: Backend = "auto"
-    packed: PackedExperts | None = None
+    packed: Packed | None = None
 
     @abstractmethod
     def weights(self) -> ExpertWeights:

@@ -138,6 +138,29 @@ class PackedExperts:
             gated=weights.gated,
         )
 
+    def __call__(self, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Sum the weighted outputs of each token's experts; same contract as the reference.
+
+        Inference only. Sums are in float32. What a token gets does not depend, to the last bit,
+        on the tokens beside it.
+        """
+        num_tokens, num_slots = ids_TK.shape
+        x_TD = h_TD.float().contiguous()
+        ids_TK = ids_TK.contiguous()
+        weights_TK = weights_TK.float().contiguous()
+        out_TD = torch.empty(num_tokens, self.padded)
+        library.call(
+            "moesaic_experts",
+            ctypes.byref(self.struct),
+            x_TD.data_ptr(),
+            ids_TK.data_ptr(),
+            weights_TK.data_ptr(),
+            num_tokens,
+            num_slots,
+            out_TD.data_ptr(),
+        )
+        return out_TD[:, : self.dim].to(h_TD.dtype)
+
     def is_copy_of(self, weights: ExpertWeights) -> bool:
         """Whether these are still the weights that were packed, unchanged."""
         return self._packed_from == _versions(weights)
@@ -189,30 +212,6 @@ def layer_cpu(h_TD: Tensor, router: PackedRouter, packed: PackedExperts) -> Tens
         ctypes.byref(packed.struct),
         x_TD.data_ptr(),
         x_TD.shape[0],
-        out_TD.data_ptr(),
-    )
-    return out_TD[:, : packed.dim].to(h_TD.dtype)
-
-
-def experts_cpu(h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, packed: PackedExperts) -> Tensor:
-    """Sum the weighted outputs of each token's experts; same contract as the reference.
-
-    Inference only. Sums are in float32. What a token gets does not depend, to the last bit, on
-    the tokens beside it.
-    """
-    num_tokens, num_slots = ids_TK.shape
-    x_TD = h_TD.float().contiguous()
-    ids_TK = ids_TK.contiguous()
-    weights_TK = weights_TK.float().contiguous()
-    out_TD = torch.empty(num_tokens, packed.padded)
-    library.call(
-        "moesaic_experts",
-        ctypes.byref(packed.struct),
-        x_TD.data_ptr(),
-        ids_TK.data_ptr(),
-        weights_TK.data_ptr(),
-        num_tokens,
-        num_slots,
         out_TD.data_ptr(),
     )
     return out_TD[:, : packed.dim].to(h_TD.dtype)

@@ -16,6 +16,7 @@ from moesaic.evaluation.bench.models import (
 )
 from moesaic.evaluation.bench.roof import Roof
 from moesaic.nn.layer import all_experts_on, record_routing
+from moesaic.ops.cpu import library
 
 ROOF = Roof(
     read_bytes_per_s=1e6,
@@ -82,21 +83,24 @@ def test_end_to_end(bench):
 def test_engine_is_checked_before_it_is_timed(monkeypatch):
     class Wrong:
         def prefill(self, ids_S):
-            return torch.zeros(1, 512)
+            return torch.zeros(512)
+
+        def generate(self, ids_S, max_new_tokens):
+            pytest.fail("timed")
 
     monkeypatch.setattr(models_file, "why_no_engine", lambda: "")
-    monkeypatch.setattr(models_file, "our_engine", lambda model: Wrong())
+    monkeypatch.setattr(models_file, "our_engine", lambda model, length: Wrong())
     with pytest.raises(RunError, match=r"^moesaic differs"):
         bench_decode(TINY)
 
 
 def test_engine_is_timed(monkeypatch):
     class Engine:
-        def __init__(self, model):
+        def __init__(self, model, length):
             self.model = model
 
         def prefill(self, ids_S):
-            return self.model(ids_S[None]).logits[0, -1]
+            return self.model(torch.tensor([ids_S])).logits[0, -1]
 
         def generate(self, prompt_ids, max_new_tokens):
             ids_BS = torch.tensor([prompt_ids])
@@ -107,6 +111,16 @@ def test_engine_is_timed(monkeypatch):
     for bench in (bench_decode, bench_prefill):
         rows = {row["method"]: row for row in bench(TINY)["cells"][0]["rows"]}
         assert rows["moesaic"]["median_ms"] > 0
+        assert rows["moesaic dense"]["median_ms"] > 0
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+def test_our_engine_is_the_one_of_the_library(monkeypatch):
+    monkeypatch.setattr(models_file, "why_no_engine", library.why_not)
+    for bench in (bench_decode, bench_prefill):
+        rows = {row["method"]: row for row in bench(TINY)["cells"][0]["rows"]}
+        for name in ("moesaic", "moesaic dense"):
+            assert rows[name]["difference"] < 1e-4
 
 
 def test_cost_and_wrong_settings():
