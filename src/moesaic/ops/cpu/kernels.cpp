@@ -32,6 +32,9 @@ extern "C" {
 
 int moesaic_lanes() { return LANES; }
 
+// Threads of the calls that follow. Torch may bring an OpenMP of its own, with its own number.
+void moesaic_threads(int count) { omp_set_num_threads(count); }
+
 // x [T, inputs], ids and weights [T, K], out [T, outputs].
 int moesaic_experts(const Experts* e, const float* x, const int64_t* ids, const float* weights,
                     int64_t T, int64_t K, float* out) {

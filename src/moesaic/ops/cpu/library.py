@@ -2,8 +2,8 @@
 
 The code is a few header files without dependencies, so compiling them where they run takes seconds
 and needs no wheel per machine. What it may use (AVX-512 or AVX2) is what torch detected; a cache
-shared by several machines therefore keeps one library for each kind. It shares torch's pool of
-OpenMP threads and starts none of its own.
+shared by several machines therefore keeps one library for each kind. It runs on as many OpenMP
+threads as torch, those of torch itself where torch brings the plain GNU library.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def library() -> ctypes.CDLL:
         _compile(path, level)
     loaded = ctypes.CDLL(str(path))
     loaded.moesaic_lanes.argtypes = []
+    loaded.moesaic_threads.argtypes = [ctypes.c_int]
     for name, arguments in SIGNATURES.items():
         getattr(loaded, name).argtypes = arguments
     return loaded
@@ -91,7 +92,9 @@ def call(name: str, *arguments: object) -> None:
     Raises:
         MemoryError: If it ran out of memory.
     """
-    if getattr(library(), name)(*arguments):
+    native = library()
+    native.moesaic_threads(torch.get_num_threads())
+    if getattr(native, name)(*arguments):
         raise MemoryError(f"{name} ran out of memory; use fewer tokens at a time")
 
 
