@@ -13,13 +13,15 @@ FFN = ["--shape", "32x64", "--experts", "4", "--active", "0.5", "--tokens", "1",
 FFN += ["float32", "--seconds", "0.01", "--roof-mb", "1", "--working-set-mb", "0"]
 MODEL = ["--model", "llama-tiny", "--tokens", "2", "--prompt-tokens", "4", "--seconds", "0.01"]
 MODEL += ["--roof-mb", "1", "--dtype", "float32"]
+TRAIN = ["--dim", "24", "--width", "32", "--num-layers", "1", "--num-heads", "3", "--vocab-size"]
+TRAIN += ["64", "--num-tokens", "16", "--active", "0.5", "--seconds", "0.01", "--no-memory"]
+OPTIONS = {"ffn": FFN, "layer": FFN, "decode": MODEL, "prefill": MODEL, "train": TRAIN}
 
 
-@pytest.mark.parametrize("kind", ["ffn", "layer", "decode", "prefill"])
+@pytest.mark.parametrize("kind", OPTIONS)
 def test_document_and_file(kind, tmp_path, capsys):
     out = tmp_path / "result.json"
-    options = FFN if kind in ("ffn", "layer") else MODEL
-    assert main(["bench", kind, *options, "--json", "--out", str(out)]) == 0
+    assert main(["bench", kind, *OPTIONS[kind], "--json", "--out", str(out)]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(out.read_text())
     assert printed["kind"] == f"bench {kind}"
@@ -32,6 +34,13 @@ def test_table(capsys):
     for word in ("GB/s", "32x64", "dense", "moesaic", "transformers grouped_mm", "times the roof"):
         assert word in text
     assert "bfloat16 alone is compared" in text
+
+
+def test_training_table(capsys):
+    assert main(["bench", "train", *TRAIN]) == 0
+    text = capsys.readouterr().out
+    for word in ("1x24x32", "training all", "dense", "dsmoe", "hard-skip-0.5", "dense peak"):
+        assert word in text
 
 
 def test_a_wrong_peer_leaves_nothing(tmp_path, capsys, monkeypatch):
@@ -53,6 +62,8 @@ def test_dry_run_does_nothing(capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["cells"] == 1
     assert main(["bench", "decode", *MODEL, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["memory_bytes"] > 0
+    assert main(["bench", "train", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seconds"] > 60
 
 
 def test_wrong_input(tmp_path, capsys):

@@ -202,7 +202,7 @@ def _run(
         "roof_ms": 1e3 * roof_s,
         "rows": rows,
     }
-    return document(kind, config, roof, [cell])
+    return document(kind, config, [cell], dtype=config.dtype, roof=roof)
 
 
 def _dense(config: ModelConfig) -> PreTrainedModel:
