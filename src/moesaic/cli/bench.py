@@ -169,12 +169,16 @@ def _roof_table(cell: dict[str, Any]) -> Table:
         ),
         box=None,
         title_justify="left",
+        caption_justify="left",
     )
     for row in cell["rows"]:
         if "skipped" in row:
             table.add_row(row["method"], "-", row["skipped"])
             continue
-        table.add_row(*_times(row), f"{row['times_roof']:.2f}")
+        roof = "-" if row["times_roof"] is None else f"{row['times_roof']:.2f}"
+        table.add_row(*_times(row), roof)
+        if not row.get("interleaved", True):
+            table.caption = "* in a process of its own, before and after the others; not checked"
     return table
 
 
@@ -204,7 +208,7 @@ def _training_table(cell: dict[str, Any]) -> Table:
 
 def _times(row: dict[str, Any]) -> tuple[str, ...]:
     return (
-        row["method"],
+        row["method"] + ("" if row.get("interleaved", True) else " *"),
         f"{row['median_ms']:.3g}",
         f"{row['low_ms']:.3g} - {row['high_ms']:.3g}",
         f"{row['faster_than_dense']:.2f}",
