@@ -7,7 +7,7 @@ import torch
 
 from moesaic.cli.main import main
 from moesaic.evaluation.bench import ffn as ffn_file
-from moesaic.evaluation.bench import peers
+from moesaic.evaluation.bench import llama_cpp, peers
 
 FFN = ["--shape", "32x64", "--experts", "4", "--active", "0.5", "--tokens", "1", "--dtype"]
 FFN += ["float32", "--seconds", "0.01", "--roof-mb", "1", "--working-set-mb", "0"]
@@ -16,6 +16,11 @@ MODEL += ["--roof-mb", "1", "--dtype", "float32"]
 TRAIN = ["--dim", "24", "--width", "32", "--num-layers", "1", "--num-heads", "3", "--vocab-size"]
 TRAIN += ["64", "--num-tokens", "16", "--active", "0.5", "--seconds", "0.01", "--no-memory"]
 OPTIONS = {"ffn": FFN, "layer": FFN, "decode": MODEL, "prefill": MODEL, "train": TRAIN}
+
+
+@pytest.fixture(autouse=True)
+def _no_llama_cpp(monkeypatch):
+    monkeypatch.setattr(llama_cpp, "find", lambda: None)
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -41,6 +46,17 @@ def test_training_table(capsys):
     text = capsys.readouterr().out
     for word in ("1x24x32", "training all", "dense", "dsmoe", "hard-skip-0.5", "dense peak"):
         assert word in text
+
+
+def test_table_marks_what_did_not_run_in_turns(capsys, monkeypatch):
+    times = {"median_ms": 2.0, "low_ms": 1.0, "high_ms": 3.0, "faster_than_dense": 4.0}
+    row = {"method": "llama.cpp Q8_0", **times, "times_roof": None, "interleaved": False}
+    monkeypatch.setattr(llama_cpp, "around", lambda time, *args, **options: [*time(), row])
+    assert main(["bench", "decode", *MODEL]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line.split() for line in lines if "llama.cpp" in line]
+    assert line == ["llama.cpp", "Q8_0", "*", "2", "1", "-", "3", "4.00", "-"]
+    assert any(line.startswith("* in a process of its own") for line in lines)
 
 
 def test_a_wrong_peer_leaves_nothing(tmp_path, capsys, monkeypatch):

@@ -226,7 +226,8 @@ def bench(program: Path, file: Path, prompt_tokens: int, new_tokens: int) -> lis
         RunError: If it fails, does not end, or says something else than its JSON.
     """
     command = [str(program), "-m", str(file), "-t", str(torch.get_num_threads())]
-    command += ["-r", str(_REPEATS), "-o", "json", "-n", "0"]
+    # On the processor, as the others, whatever else it was built for.
+    command += ["-dev", "none", "-r", str(_REPEATS), "-o", "json", "-n", "0"]
     # Like the other methods, decoding includes the reading of the prompt.
     if new_tokens:
         command += ["-p", "0", "-pg", f"{prompt_tokens},{new_tokens}"]
