@@ -168,9 +168,13 @@ def test_our_engine_is_right(bench, monkeypatch):
     assert 1e-4 < rows["moesaic int8"]["difference"] < 0.05
 
 
-def test_cost_and_wrong_settings():
+def test_cost_and_wrong_settings(monkeypatch):
     cost = model_bench_cost(ModelConfig(model="llama-1.1b"))
-    assert 6e9 < cost["memory_bytes"] < 12e9
+    # Both models and two copies of the engine in bfloat16, one in int8.
+    assert cost["memory_bytes"] == pytest.approx(9 * 1.1e9, rel=0.01)
+    monkeypatch.setattr(llama_cpp, "find", lambda: "llama-bench")
+    cost = model_bench_cost(ModelConfig(model="llama-1.1b"))
+    assert cost["memory_bytes"] == pytest.approx(11 * 1.1e9, rel=0.01)
     with pytest.raises(InputError, match="whole number of experts"):
         ModelConfig(active=0.3)
     with pytest.raises(InputError, match="tokens and roof_mb must be at least 1"):

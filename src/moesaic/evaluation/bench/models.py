@@ -134,9 +134,10 @@ def model_bench_cost(config: ModelConfig) -> dict[str, float]:
 
             model = AutoModelForCausalLM.from_config(read_config(config.model))
     numbers = sum(p.numel() for p in model.parameters())
-    # Both models and the engine's copies; the references in float32 are gone before that.
+    # Both models, the copies of the engine and of llama.cpp; the float32 references are gone then.
     itemsize = dtype_of(config.dtype).itemsize
-    needed = numbers * max(4 * itemsize + 1, 2 * itemsize + 4)
+    copies = 4 if llama_cpp.find() is None else 5
+    needed = numbers * max(copies * itemsize + 1, 2 * itemsize + 4)
     return {
         "cells": 1,
         "seconds": 2.0 * config.seconds + 4.0,
