@@ -59,6 +59,13 @@ _KINDS = {
         "model_bench_cost",
         "a whole model, the reading of a prompt",
     ),
+    "train": _Kind(
+        "train",
+        "TrainBenchConfig",
+        "bench_train",
+        "train_bench_cost",
+        "a training step, its time and memory: dense, DSMoE as published, and with skipping",
+    ),
 }
 
 
@@ -137,35 +144,72 @@ def _print(result: dict[str, Any]) -> None:
     """Print a table per cell."""
     console = Console(width=None if Console().is_terminal else 110)
     roof, machine = result["roof"], result["machine"]
-    peaks = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in roof["flops_per_s"].items())
-    console.print(
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}: reads "
-        f"{roof['read_bytes_per_s'] / 1e9:.1f} GB/s, copies {roof['copy_bytes_per_s'] / 1e9:.1f} "
-        f"GB/s, GFLOP/s {peaks}"
-    )
-    for cell in result["cells"]:
-        table = Table(
-            "method",
-            "median ms",
-            "quartiles",
-            "times faster than dense",
-            "times the roof",
-            title=(
-                f"{cell['shape']} {cell['dtype']}, {cell['tokens']} tokens, {cell['experts']} "
-                f"experts, {cell['active']:.3g} active; roof {cell['roof_ms']:.3g} ms"
-            ),
-            box=None,
-            title_justify="left",
+    line = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+    if roof is not None:
+        peaks = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in roof["flops_per_s"].items())
+        line += (
+            f": reads {roof['read_bytes_per_s'] / 1e9:.1f} GB/s, copies "
+            f"{roof['copy_bytes_per_s'] / 1e9:.1f} GB/s, GFLOP/s {peaks}"
         )
-        for row in cell["rows"]:
-            if "skipped" in row:
-                table.add_row(row["method"], "-", row["skipped"])
-                continue
-            table.add_row(
-                row["method"],
-                f"{row['median_ms']:.3g}",
-                f"{row['low_ms']:.3g} - {row['high_ms']:.3g}",
-                f"{row['faster_than_dense']:.2f}",
-                f"{row['times_roof']:.2f}",
-            )
-        console.print(table)
+    console.print(line)
+    for cell in result["cells"]:
+        console.print(_training_table(cell) if roof is None else _roof_table(cell))
+
+
+def _roof_table(cell: dict[str, Any]) -> Table:
+    table = Table(
+        "method",
+        "median ms",
+        "quartiles",
+        "times faster than dense",
+        "times the roof",
+        title=(
+            f"{cell['shape']} {cell['dtype']}, {cell['tokens']} tokens, {cell['experts']} "
+            f"experts, {cell['active']:.3g} active; roof {cell['roof_ms']:.3g} ms"
+        ),
+        box=None,
+        title_justify="left",
+        caption_justify="left",
+    )
+    for row in cell["rows"]:
+        if "skipped" in row:
+            table.add_row(row["method"], "-", row["skipped"])
+            continue
+        roof = "-" if row["times_roof"] is None else f"{row['times_roof']:.2f}"
+        table.add_row(*_times(row), roof)
+        if not row.get("interleaved", True):
+            table.caption = "* in a process of its own, before and after the others; not checked"
+    return table
+
+
+def _training_table(cell: dict[str, Any]) -> Table:
+    table = Table(
+        "method",
+        "median ms",
+        "quartiles",
+        "times faster than dense",
+        "active",
+        "peak MB",
+        "times the dense peak",
+        title=(
+            f"{cell['shape']} {cell['dtype']}, {cell['tokens']} tokens, {cell['experts']} "
+            f"experts, training {cell['trains']}"
+        ),
+        box=None,
+        title_justify="left",
+    )
+    for row in cell["rows"]:
+        memory = ["-", "-"]
+        if "peak_bytes" in row:
+            memory = [f"{row['peak_bytes'] / 1e6:.0f}", f"{row['memory_ratio']:.2f}"]
+        table.add_row(*_times(row), f"{row['active']:.3g}", *memory)
+    return table
+
+
+def _times(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["method"] + ("" if row.get("interleaved", True) else " *"),
+        f"{row['median_ms']:.3g}",
+        f"{row['low_ms']:.3g} - {row['high_ms']:.3g}",
+        f"{row['faster_than_dense']:.2f}",
+    )

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from moesaic._errors import InputError, RunError
+from moesaic.evaluation.bench.roof import Roof
 from moesaic.evaluation.bench.timing import in_turns, measure
 from moesaic.evaluation.machine import machine_info
 
 # Relative root mean square difference to the float32 reference that rounding explains.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 # Of the logits of a whole model, where every layer rounds what the one before gave.
-MODEL_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}
+MODEL_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "int8": 3e-1}
 OURS, DENSE = "moesaic", "dense"
 
 
@@ -32,11 +33,13 @@ class Method:
         calls: The same computation on copies of the weights, which run in turn.
         expected: Output of the float32 reference.
         checked: What gives the output to compare where a call gives something else.
+        weights: How weights are stored where not in the dtype; has its own tolerance and no roof.
     """
 
     calls: Sequence[Callable[[], object]]
     expected: Tensor
     checked: Callable[[], Tensor] | None = None
+    weights: str = ""
 
 
 @dataclass(slots=True)
@@ -55,7 +58,7 @@ def check(
     Args:
         methods: By name.
         dtype: Of their weights.
-        tolerance: Largest difference, by dtype.
+        tolerance: Largest difference, by how weights are stored.
 
     Returns:
         Relative root mean square difference by name.
@@ -68,10 +71,11 @@ def check(
         found = (method.checked or method.calls[0])()
         assert isinstance(found, Tensor)
         difference = relative_rms(found, method.expected)
-        if not difference <= tolerance[dtype]:
+        weights = method.weights or dtype
+        if not difference <= tolerance[weights]:
             raise RunError(
                 f"{name} differs from the float32 reference by {difference:.2g} (relative root "
-                f"mean square), more than the {tolerance[dtype]:g} of {dtype}; no speed is "
+                f"mean square), more than the {tolerance[weights]:g} of {weights}; no speed is "
                 "reported until it is right"
             )
         differences[name] = difference
@@ -88,8 +92,8 @@ def time_cell(
     methods: Methods,
     dtype: str,
     *,
-    roof_s: float,
     seconds: float,
+    roof_s: float | None = None,
     tolerance: Mapping[str, float] = TOLERANCE,
 ) -> list[dict[str, Any]]:
     """Check the methods, then time them.
@@ -97,9 +101,9 @@ def time_cell(
     Args:
         methods: What runs and what does not.
         dtype: Of the weights.
-        roof_s: Shortest time that the machine allows.
         seconds: Budget for all methods together.
-        tolerance: Largest difference to the reference, by dtype.
+        roof_s: Shortest time that the machine allows, where it is known.
+        tolerance: Largest difference to the reference, by how weights are stored.
 
     Returns:
         A row per method, the skipped ones with their reason.
@@ -121,7 +125,9 @@ def time_cell(
             "samples": timing.samples,
             "calls_per_sample": timing.calls,
             "faster_than_dense": None if dense is None else dense.median_s / timing.median_s,
-            "times_roof": timing.median_s / roof_s,
+            "times_roof": None
+            if roof_s is None or methods.running[name].weights
+            else timing.median_s / roof_s,
             "difference": differences[name],
         }
         for name, timing in times.items()
@@ -130,16 +136,18 @@ def time_cell(
     return rows
 
 
-def document(kind: str, config: Any, roof: Any, cells: list[dict[str, Any]]) -> dict[str, Any]:
+def document(
+    kind: str, config: Any, cells: list[dict[str, Any]], *, dtype: str, roof: Roof | None = None
+) -> dict[str, Any]:
     """Put a benchmark together: what was measured, where, when and by which commit."""
     return {
         "schema": 1,
         "kind": f"bench {kind}",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "machine": machine_info(config.dtype),
+        "machine": machine_info(dtype),
         "config": config.to_plain(),
-        "roof": roof.to_plain(),
+        "roof": None if roof is None else roof.to_plain(),
         "cells": cells,
     }
 

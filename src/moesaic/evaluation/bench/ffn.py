@@ -201,7 +201,7 @@ def run_cells(
         for cell in cells:
             results.append(_run_cell(cell, config, roof, build))
             stage.advance()
-    return document(kind, config, roof, results)
+    return document(kind, config, results, dtype=config.dtype, roof=roof)
 
 
 def sparse_roof(cell: FfnCell, use: Use, dtype: str, roof: Roof) -> tuple[float, float, float]:

@@ -85,13 +85,10 @@ def _methods(cell: FfnCell, config: FfnConfig) -> tuple[Methods, Use]:
 
 
 def _threshold(scores_TE: Tensor, active: float) -> float:
-    """The threshold that this part of the gates exceeds."""
+    """The threshold that this part of the gates exceeds, as far from two gates as it can be."""
     ordered = scores_TE.flatten().sigmoid().sort().values
     num_off = round((1.0 - active) * ordered.numel())
-    if not num_off:
-        return 0.0
-    # Between two gates, so that no rounding of either changes which exceed it.
-    return float(ordered[num_off - 1 : num_off + 1].mean())
+    return float(ordered[num_off - 1 : num_off + 1].mean()) if num_off else 0.0
 
 
 def _on(path: Backend, layer: MoELayer) -> MoELayer:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from moesaic._errors import InputError
+from moesaic._errors import InputError, RunError
 from moesaic._progress import SILENT, Progress
+from moesaic.evaluation.bench import llama_cpp
 from moesaic.evaluation.bench.cell import (
     DENSE,
     MODEL_TOLERANCE,
@@ -34,12 +35,14 @@ from moesaic.evaluation.bench.cell import (
 from moesaic.evaluation.bench.ours import our_engine, why_no_engine
 from moesaic.evaluation.bench.roof import BUFFER_BYTES, Roof, measure_roof
 from moesaic.evaluation.cost import model_cost
+from moesaic.inference.engine import Engine
 from moesaic.models.architectures import architecture_of
 from moesaic.models.checkpoint import dtype_of, load_dense, read_config
 from moesaic.models.ffn import decoder_layers, fill_experts, put_layer, read_ffn
 from moesaic.models.modeling import adopt
 from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
+from moesaic.ops.cpu.packed import Format
 
 # Shapes that stand for a model of which only the sizes matter; their weights are random.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -65,6 +68,7 @@ _GATE = 8.0
 MOSAIC = "transformers mosaic"
 # The parent in our engine: what the engine alone brings, without a mosaic.
 OURS_DENSE = "moesaic dense"
+OURS_INT8 = "moesaic int8"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,9 +134,10 @@ def model_bench_cost(config: ModelConfig) -> dict[str, float]:
 
             model = AutoModelForCausalLM.from_config(read_config(config.model))
     numbers = sum(p.numel() for p in model.parameters())
-    # Both models and the engine's copies; the references in float32 are gone before that.
+    # Both models, the copies of the engine and of llama.cpp; the float32 references are gone then.
     itemsize = dtype_of(config.dtype).itemsize
-    needed = numbers * max(4 * itemsize, 2 * itemsize + 4)
+    copies = 4 if llama_cpp.find() is None else 5
+    needed = numbers * max(copies * itemsize + 1, 2 * itemsize + 4)
     return {
         "cells": 1,
         "seconds": 2.0 * config.seconds + 4.0,
@@ -180,12 +185,19 @@ def _run(
         with torch.inference_mode():
             methods = _methods(dense, mosaic, ids_BS, new_tokens)
             num_bytes, flops, roof_s = model_roof(mosaic, config, prompt_tokens, new_tokens, roof)
-            rows = time_cell(
-                methods,
+            rows = llama_cpp.around(
+                lambda: time_cell(
+                    methods,
+                    config.dtype,
+                    roof_s=roof_s,
+                    seconds=config.seconds,
+                    tolerance=MODEL_TOLERANCE,
+                ),
+                dense,
                 config.dtype,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
                 roof_s=roof_s,
-                seconds=config.seconds,
-                tolerance=MODEL_TOLERANCE,
             )
         stage.advance()
     for row in rows:
@@ -202,7 +214,7 @@ def _run(
         "roof_ms": 1e3 * roof_s,
         "rows": rows,
     }
-    return document(kind, config, roof, [cell])
+    return document(kind, config, [cell], dtype=config.dtype, roof=roof)
 
 
 def _dense(config: ModelConfig) -> PreTrainedModel:
@@ -290,15 +302,31 @@ def _methods(
         timed = _generating(model, ids_BS, new_tokens) if new_tokens else read
         found.running[name] = Method([timed], _reference(model, ids_BS), read)
     if why := why_no_engine():
-        found.skipped.update(dict.fromkeys((OURS, OURS_DENSE), why))
+        found.skipped.update(dict.fromkeys((OURS, OURS_DENSE, OURS_INT8), why))
         return found
     ids = ids_BS[0].tolist()
-    for name, model, parent in ((OURS, mosaic, MOSAIC), (OURS_DENSE, dense, DENSE)):
-        engine = our_engine(model, len(ids) + new_tokens)
+    ours: tuple[tuple[str, PreTrainedModel, str, Format | None], ...] = (
+        (OURS, mosaic, MOSAIC, None),
+        (OURS_DENSE, dense, DENSE, None),
+        (OURS_INT8, mosaic, MOSAIC, "int8"),
+    )
+    for name, model, parent, weights in ours:
+        engine = our_engine(model, len(ids) + new_tokens, weights)
         read = partial(engine.prefill, ids)
         timed = partial(engine.generate, ids, new_tokens) if new_tokens else read
-        found.running[name] = Method([timed], found.running[parent].expected, read)
+        checked = partial(_checked, name, engine, ids, new_tokens)
+        expected = found.running[parent].expected
+        found.running[name] = Method([timed], expected, checked, weights or "")
     return found
+
+
+def _checked(name: str, engine: Engine, ids: list[int], new_tokens: int) -> Tensor:
+    """Logits after the prompt, once all tokens that are timed were seen to come."""
+    if new_tokens and (count := len(engine.generate(ids, new_tokens))) != new_tokens:
+        raise RunError(
+            f"{name} gave {count} tokens of {new_tokens}; no speed is reported until it is right"
+        )
+    return engine.prefill(ids)
 
 
 def _reference(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from moesaic.inference.engine import Engine
 from moesaic.nn.layer import MoELayer
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 from moesaic.ops.cpu import library
-from moesaic.ops.cpu.packed import PackedExperts, format_of, layer_cpu
+from moesaic.ops.cpu.packed import Format, PackedExperts, format_of, layer_cpu
 from moesaic.ops.select import apply_experts
 from moesaic.ops.weights import ExpertWeights
 
@@ -51,6 +51,6 @@ def why_no_engine() -> str:
     return library.why_not()
 
 
-def our_engine(model: PreTrainedModel, length: int) -> Engine:
-    """Prepare a model for inference."""
-    return Engine(model, length=length)
+def our_engine(model: PreTrainedModel, length: int, weight_format: Format | None = None) -> Engine:
+    """Prepare a model for inference; its dtype says how weights are stored if nothing else does."""
+    return Engine(model, length=length, weight_format=weight_format)

