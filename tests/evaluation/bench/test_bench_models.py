@@ -134,7 +134,7 @@ def use_engine(monkeypatch, make):
     [
         (Wrong, r"^moesaic differs"),
         (Rough, r"^moesaic differs .* by 0\.1 .* more than the 0\.001 of float32"),
-        (lambda *args: (Wrong if args[2] else Engine)(*args), r"^moesaic int8 .* 0\.3 of int8"),
+        (lambda *args: (Wrong if args[2] else Engine)(*args), r"^moesaic int8 .* 0\.5 of int8"),
         (Short, r"^moesaic gave 2 tokens of 3; no speed is reported"),
     ],
 )
