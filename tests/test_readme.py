@@ -35,3 +35,16 @@ def test_the_target_is_met_in_the_committed_record():
     assert ours["quality"]["ratio_high"] < flap["quality"]["ratio_low"]
     steps = [s for s in record["manifest"]["steps"] if s["step"] == "train"]
     assert f"{steps[0]['results']['tokens']:,} tokens" in (ROOT / "README.md").read_text()
+
+
+def test_the_speeds_are_those_of_the_committed_result():
+    result = json.loads((ROOT / "bench" / "results" / "decode-llama-1.1b.json").read_text())
+    rows = {row["method"]: row for row in result["cells"][0]["rows"]}
+    dense = rows["dense"]["median_ms"]
+    methods = ("moesaic", "moesaic int8", "llama.cpp BF16", "llama.cpp Q8_0")
+    ratios = [f"{name} {dense / rows[name]['median_ms']:.1f}x" for name in methods]
+    readme = (ROOT / "README.md").read_text()
+    said = readme.split("<!-- decode: bench/results/decode-llama-1.1b.json -->\n")[1]
+    said = " ".join(said.split("<!-- end -->")[0].split())
+    assert said == f"{', '.join(ratios[:3])} and {ratios[3]}, the last two dense."
+    assert "-dirty" not in result["commit"]
