@@ -193,7 +193,9 @@ def test_convert_without_calibration_is_quick_and_lean(parent_dir, tmp_path):
 def test_the_engine_writes_what_transformers_writes(parent_dir, ids, cut):
     model = load_dense(str(parent_dir)).float()
     if cut:
-        model = convert_dsmoe(model, DSMoE(experts=64, init="random", partition="contiguous"))
+        model, _ = convert_dsmoe(
+            model, None, DSMoE(experts=64, init="random", partition="contiguous")
+        )
         draw = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for layer in moe_layers(model):
