@@ -48,3 +48,17 @@ def test_the_speeds_are_those_of_the_committed_result():
     said = " ".join(said.split("<!-- end -->")[0].split())
     assert said == f"{', '.join(ratios[:3])} and {ratios[3]}, the last two dense."
     assert "-dirty" not in result["commit"]
+
+
+def test_what_the_text_says_of_the_demo_is_in_its_record():
+    record = json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
+    models = {entry["name"]: entry for entry in record["models"]}
+    dense, ours = models["dense"], models["dsmoe"]
+    in_engine = ours["engine_speed"]["decode_tokens_per_s"]["median"]
+    faster = in_engine / dense["speed"]["decode_tokens_per_s"]["median"]
+    skipped = dense["cost"]["active_parameters"] - ours["cost"]["active_parameters"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"writes {faster:.1f} times as fast as the dense model does in transformers" in readme
+    total = dense["cost"]["total_parameters"]
+    assert f"a token skips {skipped / 1e6:.0f}M of its {total / 1e6:.0f}M weights" in readme
+    assert record["config"]["speed"]["engine_weights"] == "bfloat16"

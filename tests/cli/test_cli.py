@@ -15,6 +15,7 @@ import torch
 from recipe_cases import write_model, write_recipe, write_text
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import TextStreamer
 
 from moesaic.cli import doctor
 from moesaic.cli import main as main_file
@@ -249,12 +250,26 @@ def test_both_engines_write_the_same(root, capsys):
     assert (native["engine"], theirs["engine"]) == ("native", "transformers")
     assert native["text"] == theirs["text"]
     assert native["tokens"] == theirs["tokens"] > 0
-    assert main(["generate", *argv, "--max-new-tokens", "6"]) == 0
-    assert capsys.readouterr().out.strip() == native["text"].strip()
     for engine in ("native", "transformers"):
         hot = [*argv, "--engine", engine, "--temperature", "2", "--seed", "3"]
         assert _generated(capsys, *hot)["text"] == _generated(capsys, *hot)["text"]
     assert _generated(capsys, *argv, "--weights", "int8")["engine"] == "native"
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_text_is_written_as_it_comes(root, capsys, monkeypatch, engine):
+    argv = [str(root / "dense"), "--prompt", "word1 word2", "--engine", engine]
+    expected = _generated(capsys, *argv)
+    put = []
+    own = TextStreamer.put
+    monkeypatch.setattr(
+        TextStreamer, "put", lambda self, ids: put.append(ids.numel()) or own(self, ids)
+    )
+    assert main(["generate", *argv, "--max-new-tokens", "6"]) == 0
+    assert capsys.readouterr().out.strip() == expected["text"].strip()
+    # The prompt, which is not shown, and then a token at a time.
+    assert put == [put[0]] + [1] * expected["tokens"]
 
 
 def test_without_native_code_transformers_generates_and_says_why(root, capsys, monkeypatch):

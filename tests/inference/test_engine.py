@@ -203,6 +203,36 @@ def test_steps_outside_of_the_cache_are_refused(ids, slot, position, message):
         decoder.step(*(torch.tensor(x, dtype=torch.int64) for x in (ids, slot, position)), [])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": [1]}, r"rows must be in \[0, 1\), got \[1\]"),
+        ({"rows": [-1]}, r"rows must be in \[0, 1\)"),
+        (
+            {"active_LT": torch.zeros(2, 2, dtype=torch.int32)},
+            r"of shape \(2, 1\), got",
+        ),
+        ({"active_LT": torch.zeros(2, 1)}, r"int32 of shape \(2, 1\), got torch.float32"),
+    ],
+)
+def test_answers_that_do_not_fit_are_refused(options, message):
+    decoder = Decoder(dense_model(LLAMA), length=64)
+    zero = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(InputError, match=message):
+        decoder.step(PROMPT[:1], zero, zero, **{"rows": [0], **options})
+
+
+@pytest.mark.parametrize("options", [{}, ROUTERS[4]], ids=["native", "in-python"])
+def test_every_expert_on_is_the_dense_parent(options):
+    model = converted(LLAMA, **options)
+    decoder = Decoder(model, length=64)
+    position_T = torch.arange(len(PROMPT))
+    slot_T = torch.zeros_like(position_T)
+    logits_TV = decoder.step(PROMPT, slot_T, position_T, range(len(PROMPT)), all_on=True)
+    expected = logits_of(dense_model(LLAMA), PROMPT)
+    torch.testing.assert_close(logits_TV, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("token", [-1, VOCAB])
 def test_unknown_tokens_raise(token):
     decoder = Decoder(dense_model(LLAMA), length=64)

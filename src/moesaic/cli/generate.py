@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,21 +76,26 @@ def run(argv: Sequence[str]) -> int:
     stop = _stop_ids(model, tokenizer)
     engine = _engine(model, len(prompt_T) + options.max_new_tokens, options)
     started = time.perf_counter()
-    if engine is not None:
-        new_ids = engine.stream(prompt_T, options.max_new_tokens, stop=stop, sampling=sampling)
-    else:
-        new_ids = _with_transformers(model, prompt_T, options, stop)
+    streamer = None
     if not options.json:
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-        for token in new_ids:
-            streamer.put(torch.tensor([token]))
-        streamer.end()
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if engine is None:
+        new_ids = _with_transformers(model, prompt_T, options, stop, streamer)
     else:
-        ids = list(new_ids)
+        new_ids = []
+        if streamer is not None:
+            streamer.put(torch.tensor(prompt_T))
+        for token in engine.stream(prompt_T, options.max_new_tokens, stop=stop, sampling=sampling):
+            new_ids.append(token)
+            if streamer is not None:
+                streamer.put(torch.tensor([token]))
+        if streamer is not None:
+            streamer.end()
+    if options.json:
         document = {
             "prompt": options.prompt,
-            "text": tokenizer.decode(ids, skip_special_tokens=True),
-            "tokens": len(ids),
+            "text": tokenizer.decode(new_ids, skip_special_tokens=True),
+            "tokens": len(new_ids),
             "engine": "transformers" if engine is None else "native",
             "seconds": time.perf_counter() - started,
         }
@@ -129,15 +135,15 @@ def _engine(model: Any, length: int, options: Options) -> Engine | None:
 
 
 def _with_transformers(
-    model: Any, prompt_T: list[int], options: Options, stop: set[int]
-) -> Iterator[int]:
+    model: Any, prompt_T: list[int], options: Options, stop: set[int], streamer: Any
+) -> list[int]:
+    """Generate with the model's own method; gives the new tokens, without one of `stop`."""
     import torch
 
     torch.manual_seed(options.seed)
     ids_1T = torch.tensor([prompt_T])
-    sampled = options.temperature > 0.0
     choice: dict[str, Any] = {"do_sample": False}
-    if sampled:
+    if options.temperature > 0.0:
         choice = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
     out_1T = model.generate(
         input_ids=ids_1T,
@@ -145,9 +151,9 @@ def _with_transformers(
         max_new_tokens=options.max_new_tokens,
         eos_token_id=sorted(stop) or None,
         pad_token_id=min(stop, default=0),
+        streamer=streamer,
         **choice,
     )
-    for token in out_1T[0, len(prompt_T) :].tolist():
-        if token in stop:
-            return
-        yield token
+    return list(
+        itertools.takewhile(lambda token: token not in stop, out_1T[0, len(prompt_T) :].tolist())
+    )

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from moesaic._errors import InputError, RunError
 from moesaic._progress import SILENT, Progress
-from moesaic.evaluation._mode import measuring
+from moesaic.evaluation._mode import measuring, rotated
 from moesaic.evaluation.machine import machine_info
 from moesaic.inference.engine import Engine
 
@@ -129,8 +129,7 @@ def measure_speed(
     keys = list(runs)
     with (progress or SILENT).stage("speed", rounds * len(runs), "runs") as stage:
         for i in range(rounds):
-            # Each round starts with another model, so that none always follows the same one.
-            for key in keys[i % len(keys) :] + keys[: i % len(keys)]:
+            for key in rotated(keys, i):
                 with measuring(models[key[1]]):
                     times = runs[key]()
                 if i >= config.warmup:

@@ -159,6 +159,7 @@ class Decoder:
         self._kept.append(packed)
         self._layers[i].router = packed.struct
 
+    @torch.no_grad()
     def step(
         self,
         ids_T: Tensor,
@@ -167,6 +168,7 @@ class Decoder:
         rows: Iterable[int],
         *,
         active_LT: Tensor | None = None,
+        all_on: bool = False,
     ) -> Tensor:
         """Read tokens, each into its sequence, and give logits after some of them.
 
@@ -178,26 +180,24 @@ class Decoder:
                 in this call.
             rows: The tokens after which logits are wanted.
             active_LT: If given, [L, T] int32, filled with the experts that every token used.
+            all_on: Every expert for every token, routers unasked: the dense parent.
 
         Returns:
             Logits [rows, V] in float32.
         """
-        return self._run(ids_T, slot_T, position_T, rows, active_LT=active_LT)
-
-    @torch.no_grad()
-    def _run(
-        self,
-        ids_T: Tensor,
-        slot_T: Tensor,
-        position_T: Tensor,
-        rows: Iterable[int],
-        *,
-        active_LT: Tensor | None = None,
-        all_on: bool = False,
-    ) -> Tensor:
         num_tokens = ids_T.shape[0]
         self._check(num_tokens, slot_T, position_T)
-        slot_T, position_T = slot_T.contiguous(), position_T.contiguous()
+        if active_LT is not None and (
+            active_LT.shape != (self.num_layers, num_tokens)
+            or active_LT.dtype != torch.int32
+            or not active_LT.is_contiguous()
+        ):
+            raise InputError(
+                f"active_LT must be int32 of shape {(self.num_layers, num_tokens)}, got "
+                f"{active_LT.dtype} of shape {tuple(active_LT.shape)}"
+            )
+        slot_T = slot_T.to(torch.int64).contiguous()
+        position_T = position_T.to(torch.int64).contiguous()
         h_TS = torch.zeros(num_tokens, self._stride)
         h_TS[:, : self.dim] = self._embed(ids_T)
         x_TS = torch.zeros_like(h_TS)
@@ -225,6 +225,8 @@ class Decoder:
                 pointers = ids_TK.data_ptr(), weights_TK.data_ptr()
                 library.call("moesaic_ffn", layer, by_ref, h, x, *pointers, ids_TK.shape[1])
         rows_R = torch.tensor(list(rows), dtype=torch.int64)
+        if len(rows_R) and not 0 <= int(rows_R.min()) <= int(rows_R.max()) < num_tokens:
+            raise InputError(f"rows must be in [0, {num_tokens}), got {rows_R.tolist()}")
         out_RV = torch.empty(len(rows_R), self._head.padded)
         library.call(
             "moesaic_head",
@@ -269,7 +271,7 @@ class Decoder:
     def _prove(self, probe_T: Tensor, expected_TV: Tensor) -> None:
         """Refuse to decode unless the logits are the model's, every expert on."""
         position_T = torch.arange(len(probe_T))
-        logits_TV = self._run(
+        logits_TV = self.step(
             probe_T, torch.zeros_like(probe_T), position_T, range(len(probe_T)), all_on=True
         )
         error = ((logits_TV - expected_TV).norm() / expected_TV.norm()).item()

@@ -1,4 +1,4 @@
-"""Every expert for every token, in the time and memory of one dense FFN.
+"""Every expert for every token, in about the time and memory of one dense FFN.
 
 The experts of a cut FFN together are as wide as the FFN was, so computing all of them costs what
 the dense FFN costs. The slot weight scales an expert's neurons before the down product instead of

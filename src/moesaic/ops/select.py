@@ -64,10 +64,14 @@ def choose(
 
 
 def _say(backend: Backend, why: str) -> Backend:
-    if why not in _said:
-        _said.add(why)
-        logger.info("experts run on the %s path: %s", backend, why)
+    _once(f"experts run on the {backend} path: {why}")
     return backend
+
+
+def _once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.info("%s", message)
 
 
 def apply_experts(
@@ -111,10 +115,10 @@ def _runs_native(h_TD: Tensor, weights: ExpertWeights) -> bool:
     if weights.packed is None or h_TD.device.type != "cpu":
         return False
     if torch.is_grad_enabled() and (weights.up.requires_grad or weights.down.requires_grad):
-        _say("grouped", "packed weights give no gradient; call under torch.no_grad()")
+        _once("packed weights give no gradient and stay unused; call under torch.no_grad()")
         return False
     if not weights.packed.is_copy_of(weights):
-        _say("grouped", "the weights changed since they were packed; pack them again")
+        _once("the weights changed since they were packed, so the copy stays unused; pack again")
         return False
     return True
 

@@ -89,6 +89,7 @@ def test_document(bench, dtype, monkeypatch):
         "created",
         "commit",
         "machine",
+        "native_kernels",
         "config",
         "roof",
         "cells",

@@ -203,9 +203,8 @@ def test_an_own_gate_has_no_native_code():
         PackedExperts(weights)
 
 
-def test_the_other_instruction_set_gives_the_same():
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("this machine has one instruction set only")
+def test_avx2_gives_the_same():
+    # On a machine without AVX-512 this is the same set once more.
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import torch, test_native as t\n"
@@ -292,3 +291,54 @@ def test_compiling_ahead_says_what_came_of_it(capsys, monkeypatch):
     main()
     assert capsys.readouterr().out == "there is no compiler; experts will run in plain torch\n"
     assert library.state() == "none: there is no compiler"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c, h, i, w: c(h[:, :-1], i, w), r"inputs of shape \[T, 17\], got \(63, 16\)"),
+        (
+            lambda c, h, i, w: c(h, i[1:], w[1:]),
+            r"ids and weights must be \[T=63, K\], got \(62, 3\)",
+        ),
+        (lambda c, h, i, w: c(h, i, w[:, 1:]), r"got \(63, 3\) and \(63, 2\)"),
+        (lambda c, h, i, w: c(h.to("meta"), i, w), r"tensors on the CPU, got one on meta; move it"),
+        (lambda c, h, i, w: c(h, i.to("meta"), w), r"tensors on the CPU, got one on meta"),
+    ],
+)
+def test_what_native_code_would_misread_is_refused(call, message):
+    h_TD, ids_TK, weights_TK, weights = Case().inputs(torch.float32)
+    with pytest.raises(InputError, match=message):
+        call(PackedExperts(weights), h_TD, ids_TK, weights_TK)
+
+
+def test_weights_elsewhere_are_refused_before_they_are_packed():
+    weights = Case().inputs(torch.float32).weights
+    with pytest.raises(InputError, match="got one on meta"):
+        PackedExperts(weights._replace(down=weights.down.to("meta")))
+    with pytest.raises(InputError, match="got one on meta"):
+        PackedLinear(torch.ones(3, 4, device="meta"), None)
+
+
+def test_ids_of_32_bits_are_read_as_they_are():
+    h_TD, ids_TK, weights_TK, weights = Case(pattern="some-empty").inputs(torch.float32)
+    copy = PackedExperts(weights)
+    expected = copy(h_TD, ids_TK, weights_TK)
+    assert torch.equal(copy(h_TD, ids_TK.to(torch.int32), weights_TK), expected)
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    (tmp_path / "moesaic").write_text("a file where the directory should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(
+        RunError, match=r"cannot be written to .*moesaic \(.*\); set XDG_CACHE_HOME"
+    ):
+        library.library.__wrapped__()
+
+
+def test_the_compiler_may_be_a_command_with_words(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "env no-such-variable=1 false")
+    assert library.why_not() == ""
+    with pytest.raises(RunError, match="env could not compile the CPU kernels"):
+        library.library.__wrapped__()

@@ -17,6 +17,7 @@ from moesaic._errors import InputError, RunError
 from moesaic.evaluation.bench.roof import Roof
 from moesaic.evaluation.bench.timing import in_turns, measure
 from moesaic.evaluation.machine import machine_info
+from moesaic.ops.cpu import library
 
 # Relative root mean square difference to the float32 reference that rounding explains.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
@@ -147,6 +148,7 @@ def document(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "machine": machine_info(dtype),
+        "native_kernels": library.state(),
         "config": config.to_plain(),
         "roof": None if roof is None else roof.to_plain(),
         "cells": cells,

@@ -264,10 +264,9 @@ def _methods(cell: FfnCell, config: FfnConfig) -> tuple[Methods, Use]:
     sparse = experts_reference(h_TD.float(), ids_TK, weights_TK, wide)
     all_TE = torch.arange(cell.num_experts).expand(cell.num_tokens, -1)
     dense = experts_reference(h_TD.float(), all_TE, torch.ones(all_TE.shape), wide)
-    copies = [weights._replace(up=weights.up.clone(), down=weights.down.clone())]
-    copies += [
+    copies = [
         weights._replace(up=weights.up.clone(), down=weights.down.clone())
-        for _ in range(num_copies(cell, config) - 1)
+        for _ in range(num_copies(cell, config))
     ]
     found = Methods()
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesaic._errors import InputError
+from moesaic.evaluation._mode import rotated
 
 # A sample shorter than this is mostly the clock and the interpreter.
 MIN_SAMPLE_S = 1e-3
@@ -77,8 +78,7 @@ def measure(
         for i in range(max_rounds):
             if i >= min_rounds and clock() >= end:
                 break
-            # Each round starts with another call, so that none always follows the same one.
-            for name in names[i % len(names) :] + names[: i % len(names)]:
+            for name in rotated(names, i):
                 times[name].append(_sample(calls[name], sizes[name], clock))
     finally:
         if collecting:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moesaic._errors import InputError
 from moesaic.nn.routing import Routing
 
 
@@ -44,6 +45,32 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw fresh weights."""
+
+
+class LinearRouter(Router, ABC):
+    """A router whose scores are one linear map of the token, without bias.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        num_scores: Rows of the map, if not E.
+    """
+
+    def __init__(self, dim: int, num_experts: int, num_scores: int | None = None) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.weight = nn.Parameter(torch.empty(num_scores or num_experts, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw small random rows."""
+        nn.init.normal_(self.weight, std=0.02)
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Refuse to choose more experts than there are."""
+    if top_k > num_experts:
+        raise InputError(f"top_k must be in [1, num_experts={num_experts}], got {top_k}; lower it")
 
 
 def linear_scores(h_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:

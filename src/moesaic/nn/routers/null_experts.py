@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moesaic._errors import InputError
-from moesaic.nn.routers._base import Router, RouterState, linear_scores
+from moesaic.nn.routers._base import LinearRouter, RouterState, linear_scores
 from moesaic.nn.routing import Routing
 
 
@@ -37,7 +37,7 @@ class NullExpertsConfig:
             raise InputError(f"top_k must be at least 1, got {self.top_k}; 3 is usual")
 
 
-class NullExperts(Router):
+class NullExperts(LinearRouter):
     """AdaMoE's router.
 
     Args:
@@ -47,21 +47,14 @@ class NullExperts(Router):
     """
 
     def __init__(self, dim: int, num_experts: int, config: NullExpertsConfig) -> None:
-        super().__init__()
         total = num_experts + config.num_null
         if config.top_k > total:
             raise InputError(
                 f"top_k must be in [1, num_experts + num_null={total}], got {config.top_k}; "
                 "lower it or add null experts"
             )
-        self.num_experts = num_experts
+        super().__init__(dim, num_experts, num_scores=total)
         self.config = config
-        self.weight = nn.Parameter(torch.empty(total, dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw small random rows."""
-        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, h_TD: Tensor, state: RouterState | None = None) -> Routing:
         """Route each token to at most top_k real experts, possibly none.

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moesaic._errors import InputError
-from moesaic.nn.routers._base import Router, RouterState, linear_scores
+from moesaic.nn.routers._base import LinearRouter, RouterState, check_top_k, linear_scores
 from moesaic.nn.routing import Routing
 
 Rounding = Literal["nearest", "up", "down"]
@@ -49,7 +49,7 @@ class TokenRoundingConfig:
             )
 
 
-class TokenRounding(Router):
+class TokenRounding(LinearRouter):
     """Softmax top-k with rounding in training; its weights are those of `topk-softmax`.
 
     Args:
@@ -59,19 +59,9 @@ class TokenRounding(Router):
     """
 
     def __init__(self, dim: int, num_experts: int, config: TokenRoundingConfig) -> None:
-        super().__init__()
-        if config.top_k > num_experts:
-            raise InputError(
-                f"top_k must be in [1, num_experts={num_experts}], got {config.top_k}; lower it"
-            )
-        self.num_experts = num_experts
+        check_top_k(config.top_k, num_experts)
+        super().__init__(dim, num_experts)
         self.config = config
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw small random rows."""
-        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, h_TD: Tensor, state: RouterState | None = None) -> Routing:
         """Route each token to its top k; in training, round what each expert gets.

@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moesaic._errors import InputError
-from moesaic.nn.routers._base import Router, RouterState, linear_scores
+from moesaic.nn.routers._base import LinearRouter, RouterState, linear_scores
 from moesaic.nn.routing import Routing
 
 
@@ -37,7 +37,7 @@ class TopPConfig:
             )
 
 
-class TopP(Router):
+class TopP(LinearRouter):
     """Dynamic routing by cumulative probability.
 
     Args:
@@ -47,15 +47,8 @@ class TopP(Router):
     """
 
     def __init__(self, dim: int, num_experts: int, config: TopPConfig) -> None:
-        super().__init__()
-        self.num_experts = num_experts
+        super().__init__(dim, num_experts)
         self.config = config
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw small random rows."""
-        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, h_TD: Tensor, state: RouterState | None = None) -> Routing:
         """Route each token to as few experts as its confidence allows, and at least one.

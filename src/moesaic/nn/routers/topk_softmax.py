@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moesaic._errors import InputError
-from moesaic.nn.routers._base import Router, RouterState, linear_scores
+from moesaic.nn.routers._base import LinearRouter, RouterState, check_top_k, linear_scores
 from moesaic.nn.routing import Routing
 
 
@@ -35,7 +34,7 @@ class TopKSoftmaxConfig:
             raise InputError(f"top_k must be at least 1, got {self.top_k}; choose 1 to num_experts")
 
 
-class TopKSoftmax(Router):
+class TopKSoftmax(LinearRouter):
     """Softmax over all experts in float32, then the top k.
 
     Args:
@@ -45,19 +44,9 @@ class TopKSoftmax(Router):
     """
 
     def __init__(self, dim: int, num_experts: int, config: TopKSoftmaxConfig) -> None:
-        super().__init__()
-        if config.top_k > num_experts:
-            raise InputError(
-                f"top_k must be in [1, num_experts={num_experts}], got {config.top_k}; lower it"
-            )
-        self.num_experts = num_experts
+        check_top_k(config.top_k, num_experts)
+        super().__init__(dim, num_experts)
         self.config = config
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw small random rows."""
-        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, h_TD: Tensor, state: RouterState | None = None) -> Routing:
         """Route each token to its top k.

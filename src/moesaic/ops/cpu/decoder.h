@@ -11,7 +11,7 @@
 
 namespace {
 
-// The structs are mirrored, field by field, in decoder.py.
+// The structs are mirrored, field by field, in structs.py.
 struct Attention {
   Linear qkv;           // rows of all queries, then keys, then values
   Linear out;
@@ -55,6 +55,7 @@ struct Batch {
 
 struct Workspace {
   std::vector<float> qkv, heads, output, scores, neurons;
+  std::vector<int64_t> runs;  // first rows of the runs of one sequence, and T
   Slots slots, all;
 
   static float* at_least(std::vector<float>& buffer, int64_t size) {
@@ -224,17 +225,11 @@ inline void attention_half(const Layer& layer, const Batch& b, Workspace& work, 
   norm_rows(b, layer.attention_norm, layer.eps, h, x);
   linear(a.qkv, x, b.stride, b.tokens, qkv, a.qkv.outputs, false);
   remember(a, b, layer.eps, qkv);
-  // As many rows of one sequence as fill a pass share its keys and values.
-  const int64_t group = std::max<int64_t>(1, ROWS / (a.heads / a.kv_heads));
+  const int64_t runs = work.runs.size() - 1;
 #pragma omp for schedule(dynamic, 1)
-  for (int64_t unit = 0; unit < b.tokens * a.kv_heads; ++unit) {
-    const int64_t t = unit / a.kv_heads;
-    int64_t before = 0;  // rows of the same sequence right before this one
-    while (before < t && b.slot[t - before - 1] == b.slot[t]) ++before;
-    if (before % group) continue;
-    int64_t last = t + 1;
-    while (last < b.tokens && last < t + group && b.slot[last] == b.slot[t]) ++last;
-    attend(a, b, qkv, t, last, unit % a.kv_heads, heads);
+  for (int64_t unit = 0; unit < runs * a.kv_heads; ++unit) {
+    const int64_t run = unit / a.kv_heads;
+    attend(a, b, qkv, work.runs[run], work.runs[run + 1], unit % a.kv_heads, heads);
   }
   if (layer.attention_post) {
     linear(a.out, heads, a.out.inputs, b.tokens, output, b.stride, false);
@@ -272,7 +267,15 @@ inline int64_t neurons_needed(const Layer& layer, const Slots& slots, int64_t T)
   return std::max(routed, layer.shared.experts ? T * layer.shared.width : 0);
 }
 
-inline void reserve(const Layer& layer, const Batch& b, Workspace& work) {
+// Makes room for a layer, and cuts the rows into runs of one sequence that share its keys and
+// values: as many rows as fill a pass.
+inline void prepare(const Layer& layer, const Batch& b, Workspace& work) {
+  const int64_t most =
+      std::max<int64_t>(1, ROWS / (layer.attention.heads / layer.attention.kv_heads));
+  work.runs.clear();
+  for (int64_t t = 0; t < b.tokens; ++t)
+    if (!t || b.slot[t] != b.slot[t - 1] || t - work.runs.back() == most) work.runs.push_back(t);
+  work.runs.push_back(b.tokens);
   Workspace::at_least(work.qkv, b.tokens * layer.attention.qkv.outputs);
   Workspace::at_least(work.heads, b.tokens * layer.attention.out.inputs);
   Workspace::at_least(work.output, b.tokens * b.stride);

@@ -16,7 +16,7 @@
 
 namespace {
 
-// The structs are mirrored, field by field, in library.py.
+// The structs are mirrored, field by field, in structs.py.
 struct Linear {
   const char* panels;  // [outputs / WIDE] panels of `inputs`
   const float* scale;  // [outputs] or null

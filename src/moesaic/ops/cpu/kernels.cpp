@@ -1,4 +1,4 @@
-// What Python calls; see library.py for the other side. Functions return 0, or 1 when memory ran
+// What Python calls; see structs.py for the other side. Functions return 0, or 1 when memory ran
 // out. Pointers are to contiguous arrays of the sizes that the comments give.
 
 #include <new>
@@ -90,7 +90,8 @@ int moesaic_layers(const Layer* layers, int64_t count, const Batch* b, float* h,
   return guarded([&] {
     Workspace& work = workspace();
     work.all.all(b->tokens);
-    for (int64_t i = 0; i < count; ++i) reserve(layers[i], *b, work);
+    // Layers differ in their networks and routers, not in their heads: one cut serves all.
+    for (int64_t i = 0; i < count; ++i) prepare(layers[i], *b, work);
 #pragma omp parallel
     for (int64_t i = 0; i < count; ++i) {
       whole_layer(layers[i], *b, work, h, x);
@@ -109,7 +110,7 @@ int moesaic_layers(const Layer* layers, int64_t count, const Batch* b, float* h,
 int moesaic_attention(const Layer* layer, const Batch* b, float* h, float* x) {
   return guarded([&] {
     Workspace& work = workspace();
-    reserve(*layer, *b, work);
+    prepare(*layer, *b, work);
 #pragma omp parallel
     attention_half(*layer, *b, work, h, x);
   });

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -49,8 +50,8 @@ def why_not() -> str:
         )
     if not (_HERE / _SOURCES[0]).is_file():
         return "native kernels are not part of the code beside a checkpoint; install moesaic"
-    if shutil.which(_compiler()) is None and not _path(level).is_file():
-        return f"native kernels need the compiler {_compiler()}; install g++ or set CXX"
+    if shutil.which(_compiler()[0]) is None and not _path(level).is_file():
+        return f"native kernels need the compiler {_compiler()[0]}; install g++ or set CXX"
     return ""
 
 
@@ -77,7 +78,13 @@ def library() -> ctypes.CDLL:
     level = torch.backends.cpu.get_cpu_capability()
     path = _path(level)
     if not path.is_file():
-        _compile(path, level)
+        try:
+            _compile(path, level)
+        except OSError as error:
+            raise RunError(
+                f"the CPU kernels cannot be written to {path.parent} ({error.strerror}); set "
+                "XDG_CACHE_HOME to a directory that can"
+            ) from error
     loaded = ctypes.CDLL(str(path))
     loaded.moesaic_lanes.argtypes = []
     loaded.moesaic_threads.argtypes = [ctypes.c_int]
@@ -98,15 +105,15 @@ def call(name: str, *arguments: object) -> None:
         raise MemoryError(f"{name} ran out of memory; use fewer tokens at a time")
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX", "g++")
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
 def _path(level: str) -> Path:
     digest = hashlib.sha256()
     for name in _SOURCES:
         digest.update((_HERE / name).read_bytes())
-    digest.update(" ".join((_compiler(), *_FLAGS, *_LEVELS[level])).encode())
+    digest.update(" ".join((*_compiler(), *_FLAGS, *_LEVELS[level])).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "moesaic" / f"kernels-{level.lower()}-{digest.hexdigest()[:16]}.so"
 
@@ -116,19 +123,13 @@ def _compile(path: Path, level: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         out = Path(scratch) / path.name
-        command = [
-            _compiler(),
-            *_FLAGS,
-            *_LEVELS[level],
-            str(_HERE / "kernels.cpp"),
-            "-o",
-            str(out),
-        ]
+        sources = [str(_HERE / "kernels.cpp"), "-o", str(out)]
+        command = [*_compiler(), *_FLAGS, *_LEVELS[level], *sources]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise RunError(
-                f"{_compiler()} could not compile the CPU kernels: {last[0]}; set CXX to a g++ of "
+                f"{command[0]} could not compile the CPU kernels: {last[0]}; set CXX to a g++ of "
                 "version 11 or newer"
             )
         out.replace(path)

@@ -60,7 +60,7 @@ class PackedLinear:
     def __init__(
         self, weight_OI: Tensor, bias_O: Tensor | None, weight_format: Format = "float32"
     ) -> None:
-        self.num_outputs, self.num_inputs = weight_OI.shape
+        self.num_outputs, self.num_inputs = _on_cpu(weight_OI).shape
         rows_PRI = _pad(weight_OI, 0, 2 * lanes()).unflatten(0, (-1, 2 * lanes()))
         self._panels, self._scale = _pack(rows_PRI, weight_format)
         self._bias = None if bias_O is None else _pad(bias_O.float(), 0, 2 * lanes()).contiguous()
@@ -76,7 +76,7 @@ class PackedLinear:
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """Map [T, I] to [T, O] in float32."""
-        x_TI = x_TI.float().contiguous()
+        x_TI = _input(x_TI, self.num_inputs)
         out_TO = torch.empty(x_TI.shape[0], self.padded)
         library.call(
             "moesaic_linear",
@@ -107,7 +107,7 @@ class PackedExperts:
                 f"{', '.join(sorted(_ACTIVATIONS))} have"
             )
         per_register = lanes()
-        num_experts, dim, _ = weights.down.shape
+        num_experts, dim, _ = _on_cpu(weights.down).shape
         per_panel = per_register if weights.gated else 2 * per_register
         up_PRI = _rows(weights.up, weights.gated, per_panel)
         down_EOF = _pad(_pad(weights.down, 1, 2 * per_register), 2, per_panel)
@@ -144,10 +144,15 @@ class PackedExperts:
         Inference only. Sums are in float32. What a token gets does not depend, to the last bit,
         on the tokens beside it.
         """
+        x_TD = _input(h_TD, self.dim)
         num_tokens, num_slots = ids_TK.shape
-        x_TD = h_TD.float().contiguous()
-        ids_TK = ids_TK.contiguous()
-        weights_TK = weights_TK.float().contiguous()
+        if len(x_TD) != num_tokens or weights_TK.shape != ids_TK.shape:
+            raise InputError(
+                f"ids and weights must be [T={len(x_TD)}, K], got {tuple(ids_TK.shape)} and "
+                f"{tuple(weights_TK.shape)}"
+            )
+        ids_TK = _on_cpu(ids_TK).to(torch.int64).contiguous()
+        weights_TK = _on_cpu(weights_TK).float().contiguous()
         out_TD = torch.empty(num_tokens, self.padded)
         library.call(
             "moesaic_experts",
@@ -204,7 +209,7 @@ class PackedRouter:
 
 def layer_cpu(h_TD: Tensor, router: PackedRouter, packed: PackedExperts) -> Tensor:
     """Route tokens and sum the weighted outputs of their experts, [T, D], in one native call."""
-    x_TD = h_TD.float().contiguous()
+    x_TD = _input(h_TD, packed.dim)
     out_TD = torch.empty(x_TD.shape[0], packed.padded)
     library.call(
         "moesaic_layer",
@@ -215,6 +220,20 @@ def layer_cpu(h_TD: Tensor, router: PackedRouter, packed: PackedExperts) -> Tens
         out_TD.data_ptr(),
     )
     return out_TD[:, : packed.dim].to(h_TD.dtype)
+
+
+def _on_cpu(x: Tensor) -> Tensor:
+    """Refuse what native code cannot address."""
+    if x.device.type != "cpu":
+        raise InputError(f"native code needs tensors on the CPU, got one on {x.device}; move it")
+    return x
+
+
+def _input(x: Tensor, width: int) -> Tensor:
+    """Rows as native code reads them, which checks nothing itself."""
+    if x.dim() != 2 or x.shape[1] != width:
+        raise InputError(f"native code needs inputs of shape [T, {width}], got {tuple(x.shape)}")
+    return _on_cpu(x).float().contiguous()
 
 
 def lanes() -> int:
