@@ -50,6 +50,29 @@ def test_the_speeds_are_those_of_the_committed_result():
     assert "-dirty" not in result["commit"]
 
 
+def _result(name):
+    return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+
+
+def test_small_blocks_cost_little_in_the_committed_result():
+    """At 1 and 4 tokens, router included: at most 15% slower than 8 blocks of the same network."""
+    ms = {}
+    for cell in _result("layer-2048x8192-bfloat16")["cells"]:
+        (ours,) = (row for row in cell["rows"] if row["method"] == "moesaic")
+        ms[cell["tokens"], cell["experts"]] = ours["median_ms"]
+    for tokens in (1, 4):
+        for experts in (32, 128, 512):
+            assert ms[tokens, experts] <= 1.15 * ms[tokens, 8]
+
+
+def test_training_costs_what_dense_training_costs_in_the_committed_results():
+    """Every expert computed: at most 1.15 times the time and the memory of the dense step."""
+    for name in ("train-smollm2-shape", "train-smollm2-shape-64"):
+        rows = {row["method"]: row for row in _result(name)["cells"][0]["rows"]}
+        assert rows["dsmoe"]["median_ms"] <= 1.15 * rows["dense"]["median_ms"]
+        assert rows["dsmoe"]["memory_ratio"] <= 1.15
+
+
 def test_what_the_text_says_of_the_demo_is_in_its_record():
     record = json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
     models = {entry["name"]: entry for entry in record["models"]}
