@@ -11,28 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesaic._config import build_config, to_plain
 from moesaic._errors import InputError
-from moesaic._files import atomic_write
 from moesaic._progress import SILENT, Progress
 from moesaic.calibration.stats import CalibrationStats
+from moesaic.conversion._layers import Cut, convert_layers, expert_layer
 from moesaic.conversion.allocation import allocate
 from moesaic.conversion.gram_router import FRACTIONS, RouterFit, fit_router
-from moesaic.conversion.partition._base import PartitionInput, validate_num_experts
+from moesaic.conversion.partition._base import validate_num_experts
 from moesaic.conversion.partition._table import PARTITIONS
-from moesaic.models.architectures import ARCHITECTURES, architecture_of
-from moesaic.models.ffn import FFN, decoder_layers, fill_experts, put_layer, read_ffn
-from moesaic.models.modeling import adopt
-from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers
+from moesaic.models.ffn import FFN
+from moesaic.nn.layer import LayerConfig, moe_layers
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold, SigmoidThresholdConfig
 
 
@@ -133,7 +131,6 @@ PRESETS: dict[str, DSMoE] = {
 }
 
 
-@torch.no_grad()
 def convert_dsmoe(
     model: PreTrainedModel,
     stats: CalibrationStats | None,
@@ -158,44 +155,22 @@ def convert_dsmoe(
     Raises:
         InputError: Before any work, if the settings do not fit the model or the statistics.
     """
-    row = architecture_of(model.config.model_type)
-    if model.config.model_type not in ARCHITECTURES:
-        raise InputError("the model is converted already; give its dense parent")
-    layers = decoder_layers(model)
-    activation = getattr(model.config, row.activation)
-    for layer in layers:
-        validate_num_experts(read_ffn(layer, row, activation).width, config.experts)
-    if needed := config.collectors():
-        if stats is None:
-            raise InputError(f"dsmoe with these settings needs calibration of {', '.join(needed)}")
-        stats.require(*needed, by="dsmoe", num_layers=len(layers))
-
-    dim = model.config.hidden_size
-    plain_layers: list[Any] = []
-    adopt(
+    kept = convert_layers(
         model,
-        {
-            "layers": plain_layers,
-            "losses": {"sparsity": {"coef": config.sparse_coef, "of": config.sparse_of}},
-            "dense_width": read_ffn(layers[0], row, activation).width,
-        },
+        stats,
+        method="dsmoe",
+        collectors=config.collectors(),
+        describe=partial(_describe, config=config),
+        convert=partial(_convert_layer, config=config),
+        losses={"sparsity": {"coef": config.sparse_coef, "of": config.sparse_of}},
+        store=store,
+        progress=progress,
     )
-    fits: list[RouterFit] = []
-    with progress.stage("convert", len(layers), "layers") as stage:
-        for index, layer in enumerate(layers):
-            ffn = read_ffn(layer, row, activation)
-            spec = _layer_config(ffn, config, gated=row.gated)
-            moe = MoELayer(dim, spec).to(ffn.up_FD.dtype)
-            fit = _convert_layer(moe, ffn, stats, index, config, store)
-            put_layer(layer, row, moe.to(ffn.up_FD.device).eval())
-            plain_layers.append(to_plain(spec))
-            if fit is not None:
-                fits.append(fit)
-            stage.advance()
-    model.config.moesaic["layers"] = plain_layers
-    return model.eval(), _share_budget(model, fits, stats, config) if fits else {}
+    fits = [_read_fit(tensors) for tensors in kept if tensors]
+    return model, _share_budget(model, fits, stats, config) if fits else {}
 
 
+@torch.no_grad()
 def _share_budget(
     model: PreTrainedModel, fits: list[RouterFit], stats: CalibrationStats | None, config: DSMoE
 ) -> dict[str, Any]:
@@ -218,85 +193,45 @@ def _share_budget(
     }
 
 
-def _layer_config(ffn: FFN, config: DSMoE, *, gated: bool) -> LayerConfig:
-    return LayerConfig(
+def _describe(ffn: FFN, config: DSMoE) -> LayerConfig:
+    validate_num_experts(ffn.width, config.experts)
+    return expert_layer(
+        ffn,
         num_experts=config.experts,
         width=ffn.width // config.experts,
-        output_bias=ffn.down_bias_D is not None,
         router="sigmoid-threshold",
         router_options=to_plain(config.router),
-        experts="gated" if gated else "plain",
-        activation=ffn.activation,
-        bias=ffn.up_bias_F is not None,
     )
 
 
-def _convert_layer(
-    moe: MoELayer,
-    ffn: FFN,
-    stats: CalibrationStats | None,
-    index: int,
-    config: DSMoE,
-    store: Path | None,
-) -> RouterFit | None:
-    """Fill one layer from its network, or from what an interrupted run left."""
-    router, experts = moe.router, moe.experts
+def _convert_layer(cut: Cut, config: DSMoE) -> dict[str, Tensor]:
+    """Cut one network and start its router; gives the fit of a fitted one."""
+    seed = config.seed + cut.index
+    options = config.options_of_partition()
+    cut.fill(cut.partition(config.partition, options, config.experts, seed))
+    fit = _start_router(cut, seed, config)
+    if fit is None:
+        return {}
+    return {
+        name: torch.tensor(getattr(fit, name), dtype=torch.float64)
+        for name in ("active", "shifts", "errors")
+    }
+
+
+def _read_fit(tensors: Mapping[str, Tensor]) -> RouterFit:
+    return RouterFit(
+        float(tensors["active"]),
+        tuple(tensors["shifts"].tolist()),
+        tuple(tensors["errors"].tolist()),
+    )
+
+
+def _start_router(cut: Cut, seed: int, config: DSMoE) -> RouterFit | None:
+    """Give a router its first weights."""
+    router, experts = cut.moe.router, cut.moe.experts
     assert isinstance(router, SigmoidThreshold)
     assert experts is not None
-    file = None if store is None else store / f"layer_{index:03d}.safetensors"
-    if file is not None and file.is_file():
-        saved = load_file(file)
-        fill_experts(moe, ffn.keep(saved["permutation_F"]))
-        router.weight.copy_(saved["weight"])
-        if router.bias is not None:
-            router.bias.copy_(saved["bias"])
-        if "active" not in saved:
-            return None
-        return RouterFit(
-            float(saved["active"]), tuple(saved["shifts"].tolist()), tuple(saved["errors"].tolist())
-        )
-
-    measured = stats.layer(index) if stats is not None and config.collectors() else {}
-    neurons = {
-        name.removeprefix("neurons."): value
-        for name, value in measured.items()
-        if name.startswith("neurons.")
-    }
-    source = PartitionInput(
-        num_experts=config.experts,
-        num_neurons=ffn.width,
-        up_FD=ffn.up_FD,
-        gate_FD=ffn.gate_FD,
-        stats=neurons,
-        seed=config.seed + index,
-    )
-    permutation_F: Tensor = PARTITIONS.load(config.partition)(source, config.options_of_partition())
-    fill_experts(moe, ffn.keep(permutation_F))
-    fit = _start_router(router, moe, measured, index, config)
-    if file is not None:
-        tensors = {
-            "permutation_F": permutation_F,
-            "weight": router.weight.detach(),
-        }
-        if fit is not None:
-            for name in ("active", "shifts", "errors"):
-                tensors[name] = torch.tensor(getattr(fit, name), dtype=torch.float64)
-        if router.bias is not None:
-            tensors["bias"] = router.bias.detach()
-        with atomic_write(file) as temporary:
-            save_file(tensors, temporary)
-    return fit
-
-
-def _start_router(
-    router: SigmoidThreshold,
-    moe: MoELayer,
-    measured: Mapping[str, Tensor],
-    index: int,
-    config: DSMoE,
-) -> RouterFit | None:
-    """Give a router its first weights."""
-    generator = torch.Generator().manual_seed(config.seed + index)
+    generator = torch.Generator().manual_seed(seed)
     router.weight.copy_(torch.randn(router.weight.shape, generator=generator) * 0.02)
     if config.init == "random":
         return None
@@ -307,13 +242,12 @@ def _start_router(
         router.weight.zero_()
         router.bias.fill_(4.0 if config.router.value == "one" else 12.0)
         return None
-    assert moe.experts is not None
     with torch.enable_grad():
         return fit_router(
             router,
-            moe.experts,
-            measured["inputs.h_TD"],
+            experts,
+            cut.measured["inputs.h_TD"],
             config.active,
             steps=config.fit_steps,
-            seed=config.seed + index,
+            seed=seed,
         )

@@ -1,0 +1,196 @@
+"""What every conversion does: check, convert layer by layer, go on after an interruption.
+
+Shapes: F neurons of the dense network, N neurons of the layer it becomes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moesaic._config import to_plain
+from moesaic._errors import InputError
+from moesaic._files import atomic_write
+from moesaic._progress import SILENT, Progress
+from moesaic.calibration.stats import CalibrationStats
+from moesaic.conversion.partition._base import PartitionInput
+from moesaic.conversion.partition._table import PARTITIONS
+from moesaic.models.architectures import ARCHITECTURES, architecture_of
+from moesaic.models.ffn import FFN, decoder_layers, fill_experts, put_layer, read_ffn
+from moesaic.models.modeling import adopt
+from moesaic.nn.layer import LayerConfig, MoELayer
+
+# Parts of a layer that its order of neurons tells; the rest of its state goes to disk.
+_FROM_NETWORK = ("experts", "shared")
+
+
+@dataclass(slots=True, kw_only=True)
+class Cut:
+    """One layer on its way from a dense network to a mixture.
+
+    Attributes:
+        index: Of the layer, from 0.
+        ffn: The dense network.
+        moe: What takes its place, with fresh weights until `fill`.
+        measured: What calibration measured of the layer, `collector.tensor` to tensor.
+        order_N: What `fill` was given.
+    """
+
+    index: int
+    ffn: FFN
+    moe: MoELayer
+    measured: Mapping[str, Tensor] = field(default_factory=dict)
+    order_N: Tensor | None = None
+
+    def fill(self, order_N: Tensor) -> None:
+        """Write neurons into the layer: the shared ones first, then expert by expert.
+
+        Args:
+            order_N: Which neuron of the network each neuron of the layer is, [N]. One may stand in
+                several experts, or in none.
+        """
+        self.order_N = order_N
+        fill_experts(self.moe, self.ffn.keep(order_N))
+
+    def partition(self, name: str, options: Any, num_experts: int, seed: int) -> Tensor:
+        """Order the network's neurons by a registered partition, [F]."""
+        neurons = {
+            key.removeprefix("neurons."): value
+            for key, value in self.measured.items()
+            if key.startswith("neurons.")
+        }
+        source = PartitionInput(
+            num_experts=num_experts,
+            num_neurons=self.ffn.width,
+            up_FD=self.ffn.up_FD,
+            gate_FD=self.ffn.gate_FD,
+            stats=neurons,
+            seed=seed,
+        )
+        order_F: Tensor = PARTITIONS.load(name)(source, options)
+        return order_F
+
+
+def expert_layer(ffn: FFN, **values: Any) -> LayerConfig:
+    """Describe a layer whose experts are of the network's kind.
+
+    Args:
+        ffn: The dense network.
+        **values: Fields of `LayerConfig` that the method chooses.
+    """
+    values.setdefault("output_bias", ffn.down_bias_D is not None)
+    return LayerConfig(
+        experts="plain" if ffn.gate_FD is None else "gated",
+        activation=ffn.activation,
+        bias=ffn.up_bias_F is not None,
+        **values,
+    )
+
+
+@torch.no_grad()
+def convert_layers(
+    model: PreTrainedModel,
+    stats: CalibrationStats | None,
+    *,
+    method: str,
+    collectors: tuple[str, ...],
+    describe: Callable[[FFN], LayerConfig],
+    convert: Callable[[Cut], Mapping[str, Tensor]],
+    losses: Mapping[str, Any] | None = None,
+    store: Path | None = None,
+    progress: Progress = SILENT,
+) -> list[Mapping[str, Tensor]]:
+    """Convert every layer of a dense model, which is consumed, so that no second copy exists.
+
+    Args:
+        model: A dense model of a known architecture.
+        stats: Its calibration; none if no collector is needed.
+        method: Name of the conversion, for messages.
+        collectors: What it needs to know of the model.
+        describe: Gives the layer that a network becomes, or raises what does not fit.
+        convert: Fills the layer and starts its router; what it gives is kept with the layer.
+        losses: Losses of the converted model, as in its config.
+        store: Directory for finished layers; an interrupted conversion goes on after them.
+        progress: Told of every layer.
+
+    Returns:
+        What `convert` gave for every layer, or what an interrupted run left of it.
+
+    Raises:
+        InputError: Before the model is touched, if the method does not fit it or the statistics.
+    """
+    row = architecture_of(model.config.model_type)
+    if model.config.model_type not in ARCHITECTURES:
+        raise InputError("the model is converted already; give its dense parent")
+    layers = decoder_layers(model)
+    activation = getattr(model.config, row.activation)
+    specs = [describe(read_ffn(layer, row, activation)) for layer in layers]
+    if collectors:
+        if stats is None:
+            raise InputError(
+                f"{method} with these settings needs calibration of {', '.join(collectors)}"
+            )
+        stats.require(*collectors, by=method, num_layers=len(layers))
+
+    dim = model.config.hidden_size
+    adopt(
+        model,
+        {
+            "layers": [to_plain(spec) for spec in specs],
+            "losses": dict(losses or {}),
+            "dense_width": read_ffn(layers[0], row, activation).width,
+        },
+    )
+    kept: list[Mapping[str, Tensor]] = []
+    with progress.stage("convert", len(layers), "layers") as stage:
+        for index, (layer, spec) in enumerate(zip(layers, specs, strict=True)):
+            ffn = read_ffn(layer, row, activation)
+            moe = MoELayer(dim, spec).to(ffn.up_FD.dtype)
+            file = None if store is None else store / f"layer_{index:03d}.safetensors"
+            if file is not None and file.is_file():
+                kept.append(_take_up(Cut(index=index, ffn=ffn, moe=moe), load_file(file)))
+            else:
+                measured = stats.layer(index) if stats is not None and collectors else {}
+                cut = Cut(index=index, ffn=ffn, moe=moe, measured=measured)
+                kept.append(convert(cut))
+                if file is not None:
+                    _keep(cut, kept[-1], file)
+            put_layer(layer, row, moe.to(ffn.up_FD.device).eval())
+            stage.advance()
+    model.eval()
+    return kept
+
+
+def _keep(cut: Cut, kept: Mapping[str, Tensor], file: Path) -> None:
+    """Write what a layer is beyond the weights of its network."""
+    assert cut.order_N is not None
+    state = {
+        name: value
+        for name, value in cut.moe.state_dict().items()
+        if name.partition(".")[0] not in _FROM_NETWORK
+    }
+    tensors = {"order_N": cut.order_N}
+    tensors |= {f"state.{name}": value for name, value in state.items()}
+    tensors |= {f"kept.{name}": value for name, value in kept.items()}
+    with atomic_write(file) as temporary:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+
+
+def _take_up(cut: Cut, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Make a layer what an interrupted run left of it."""
+    cut.fill(tensors["order_N"])
+    for name, value in cut.moe.state_dict().items():
+        if name.partition(".")[0] not in _FROM_NETWORK:
+            value.copy_(tensors[f"state.{name}"])
+    return {
+        name.removeprefix("kept."): value
+        for name, value in tensors.items()
+        if name.startswith("kept.")
+    }
