@@ -11,6 +11,8 @@ from moesaic._errors import InputError
 from moesaic.calibration import CalibrationConfig, calibrate
 from moesaic.conversion.dsmoe import PRESETS, DSMoE, convert_dsmoe
 from moesaic.conversion.partition._table import PARTITIONS
+from moesaic.models.architectures import architecture_of
+from moesaic.models.ffn import decoder_layers, read_ffn
 from moesaic.nn.layer import all_experts_on, moe_layers, record_routing
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThresholdConfig
 
@@ -83,8 +85,34 @@ def test_fitted_routers_meet_the_budget(allocation, tmp_path):
     assert sum(measured) / len(measured) == pytest.approx(0.5, abs=0.2)
 
 
-def test_an_interrupted_conversion_goes_on(tmp_path):
-    config = DSMoE(experts=4, active=0.5, fit_steps=5)
+@torch.no_grad()
+@pytest.mark.parametrize("case", [LLAMA, Case("llama", {"mlp_bias": True}), Case("opt", {})], ids=str)
+def test_compensation_keeps_the_dense_model_and_leaves_the_mean_of_what_is_off(case, tmp_path):
+    dense, ids = dense_model(case), random_ids()
+    want = dense(ids).logits
+    config = DSMoE(experts=4, init="open", compensate=True)
+    stats = stats_for(config, tmp_path, case)
+    row = architecture_of(dense.config.model_type)
+    act = getattr(dense.config, row.activation)
+    down = [read_ffn(layer, row, act) for layer in decoder_layers(dense)]
+    means = [
+        ffn.down_DF.clone() @ stats.layer(i)["neurons.mean_F"]
+        + (0.0 if ffn.down_bias_D is None else ffn.down_bias_D)
+        for i, ffn in enumerate(down)
+    ]
+    model, _ = convert_dsmoe(dense, stats, config)
+    torch.testing.assert_close(model(ids).logits, want, atol=1e-4, rtol=1e-4)
+    with all_experts_on(model):
+        torch.testing.assert_close(model(ids).logits, want, atol=1e-4, rtol=1e-4)
+    for layer, mean_D in zip(moe_layers(model), means, strict=True):
+        layer.router.bias.fill_(-12.0)
+        out_TD = layer(torch.randn(3, model.config.hidden_size))
+        torch.testing.assert_close(out_TD, mean_D.expand(3, -1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+def test_an_interrupted_conversion_goes_on(compensate, tmp_path):
+    config = DSMoE(experts=4, active=0.5, fit_steps=5, compensate=compensate)
     stats = stats_for(config, tmp_path / "stats")
     whole, results = convert_dsmoe(dense_model(LLAMA), stats, config)
     with pytest.raises(Killed):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesaic.conversion.allocation import allocate
-from moesaic.conversion.gram_router import FRACTIONS, fit_router, gram_error, token_grams
+from moesaic.conversion.gram_router import FRACTIONS, BlockErrors, fit_router
 from moesaic.nn.experts._base import ExpertsConfig
 from moesaic.nn.experts.gated import GatedExperts
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold, SigmoidThresholdConfig
@@ -12,9 +12,9 @@ from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold, SigmoidThresh
 E, F, D, T = 4, 3, 8, 600
 
 
-def make_experts(seed=0):
+def make_experts(seed=0, **options):
     torch.manual_seed(seed)
-    experts = GatedExperts(D, E, F, ExpertsConfig())
+    experts = GatedExperts(D, E, F, ExpertsConfig(**options))
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.normal_()
@@ -32,22 +32,51 @@ def outputs(experts, h_TD):
     blocks = []
     for e in range(E):
         gate, up = (experts.gate_up_proj[e] @ h_TD.T).T.chunk(2, dim=1)
-        blocks.append((torch.nn.functional.silu(gate) * up) @ experts.down_proj[e].T)
+        block_TD = (torch.nn.functional.silu(gate) * up) @ experts.down_proj[e].T
+        if experts.down_proj_bias is not None:
+            block_TD = block_TD + experts.down_proj_bias[e]
+        blocks.append(block_TD)
     return torch.stack(blocks, dim=1)
 
 
-@torch.no_grad()
-def test_gram_error_is_the_squared_error_of_the_output():
-    experts, h_TD = make_experts(), torch.randn(20, D)
-    o_TED = outputs(experts, h_TD)
+def scaled_error(o_TED, w_TE):
+    """Error of the output with blocks weighted so, [T]."""
     y_TD = o_TED.sum(1)
     energy_T = y_TD.square().sum(1)
     scale_T = (energy_T.clamp(min=energy_T.median()) * energy_T.median()).sqrt()
-    w_TE = torch.rand(20, E)
     wrong_TD = (w_TE.unsqueeze(-1) * o_TED).sum(1) - y_TD
-    want = (wrong_TD.square().sum(1) / scale_T).mean()
-    torch.testing.assert_close(gram_error(token_grams(h_TD, experts), w_TE), want)
-    assert float(gram_error(token_grams(h_TD, experts), torch.ones(20, E))) == 0.0
+    return wrong_TD.square().sum(1) / scale_T
+
+
+biased = pytest.mark.parametrize("biased", [False, True])
+
+
+@biased
+@torch.no_grad()
+def test_error_is_the_squared_error_of_the_output(biased):
+    experts, h_TD = make_experts(down_bias=biased), torch.randn(20, D)
+    errors, all_T = BlockErrors(h_TD, experts), torch.arange(20)
+    w_TE = torch.rand(20, E)
+    want_T = scaled_error(outputs(experts, h_TD), w_TE)
+    assert errors.error(all_T, w_TE) == pytest.approx(float(want_T.mean()), rel=1e-5)
+    some_B = torch.tensor([3, 17, 3])
+    want = float(want_T[some_B].mean())
+    assert errors.error(some_B, w_TE[some_B]) == pytest.approx(want, rel=1e-5)
+    assert errors.error(all_T, torch.ones(20, E)) == 0.0
+
+
+@biased
+@torch.no_grad()
+def test_savings_are_what_switching_one_block_changes(biased):
+    experts, h_TD = make_experts(down_bias=biased), torch.randn(20, D)
+    o_TED = outputs(experts, h_TD)
+    on_TE = torch.rand(20, E) < 0.5
+    saved_TE = BlockErrors(h_TD, experts).savings(torch.arange(20), on_TE)
+    for e in range(E):
+        with_TE, without_TE = on_TE.clone(), on_TE.clone()
+        with_TE[:, e], without_TE[:, e] = True, False
+        want_T = scaled_error(o_TED, without_TE.float()) - scaled_error(o_TED, with_TE.float())
+        torch.testing.assert_close(saved_TE[:, e], want_T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("active", [0.3, 0.5, 0.75])
@@ -76,9 +105,9 @@ def test_fit_finds_which_block_a_token_needs():
     h_TD[torch.arange(T), needed_T] += 3.0
     router = make_router()
     fit = fit_router(router, experts, h_TD, 0.5, steps=100, seed=0)
-    gram_TEE = token_grams(h_TD, experts)
+    errors, all_T = BlockErrors(h_TD, experts), torch.arange(T)
     static = min(
-        float(gram_error(gram_TEE, mask.float().expand(T, E)))
+        errors.error(all_T, mask.float().expand(T, E))
         for mask in torch.cartesian_prod(*[torch.tensor([0, 1])] * E)
         if mask.sum() == E // 2
     )
@@ -118,12 +147,12 @@ def test_fit_beats_random_choices():
     with torch.enable_grad():
         fit_router(router, experts, h_TD, 0.5, steps=100, seed=0)
     fresh_TD = torch.randn(T, D) + 1.0
-    gram_TEE = token_grams(fresh_TD, experts)
+    errors, all_T = BlockErrors(fresh_TD, experts), torch.arange(T)
     weights_TE = router.eval()(fresh_TD).weights_TE()
-    fitted = float(gram_error(gram_TEE, weights_TE))
+    fitted = errors.error(all_T, weights_TE)
     # The same number of gates for every token, dealt anew.
     dealt = [
-        float(gram_error(gram_TEE, torch.stack([w[torch.randperm(E)] for w in weights_TE])))
+        errors.error(all_T, torch.stack([w[torch.randperm(E)] for w in weights_TE]))
         for _ in range(10)
     ]
     assert fitted < 0.7 * min(dealt)

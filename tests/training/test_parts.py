@@ -12,7 +12,7 @@ from moesaic.nn.layer import moe_layers, record_routing
 from moesaic.training import divergence as divergence_file
 from moesaic.training.budget import BudgetControl, active_fraction, settle_threshold
 from moesaic.training.config import TrainConfig
-from moesaic.training.divergence import divergence
+from moesaic.training.divergence import divergence, mismatch
 from moesaic.training.run import select_trainable
 from moesaic.training.teacher import dense_teacher
 
@@ -38,6 +38,14 @@ def test_divergence_and_its_gradient_equal_plain_torch(chunk, monkeypatch):
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(student_TV.grad, plain_TV.grad)
     assert float(divergence(teacher_TV, teacher_TV)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_mismatch_is_relative_for_each_token():
+    theirs_BSD = torch.tensor([[[3.0, 4.0], [300.0, 400.0]]])
+    ours_BSD = torch.tensor([[[3.0, 3.0], [300.0, 300.0]]])
+    # 1 of 25 and 10,000 of 250,000; the second layer is right.
+    got = mismatch([ours_BSD, theirs_BSD], [theirs_BSD, theirs_BSD])
+    assert float(got) == pytest.approx((0.04 + 0.04) / 2 / 2)
 
 
 @pytest.mark.parametrize("trains", ["routers", "ffn", "everything"])

@@ -184,9 +184,14 @@ COLLECTORS: dict[str, type[Inputs | Moments | Neurons | Grams | Routes]] = {
 }
 
 
-def block_outputs(h_TD: Tensor, weights: ExpertWeights) -> Tensor:
-    """Output of every expert for every token, [T, E, D] in float32; callers bound T."""
+def block_neurons(h_TD: Tensor, weights: ExpertWeights) -> Tensor:
+    """Neurons of every expert for every token, [T, E, F] in float32; callers bound T."""
     bias = None if weights.up_bias is None else weights.up_bias.flatten()
     z_TM = nnf.linear(h_TD, weights.up.flatten(0, 1), bias)
-    a_TEF = weights.activate(z_TM.unflatten(1, (weights.num_experts, -1)))
-    return torch.einsum("tef,edf->ted", a_TEF, weights.down).float()
+    return weights.activate(z_TM.unflatten(1, (weights.num_experts, -1))).float()
+
+
+def block_outputs(h_TD: Tensor, weights: ExpertWeights) -> Tensor:
+    """Output of every expert for every token, [T, E, D] in float32; callers bound T."""
+    o_TED = torch.einsum("tef,edf->ted", block_neurons(h_TD, weights), weights.down.float())
+    return o_TED if weights.down_bias is None else o_TED + weights.down_bias.float()

@@ -27,9 +27,6 @@ from moesaic.models.ffn import FFN, decoder_layers, fill_experts, put_layer, rea
 from moesaic.models.modeling import adopt
 from moesaic.nn.layer import LayerConfig, MoELayer
 
-# Parts of a layer that its order of neurons tells; the rest of its state goes to disk.
-_FROM_NETWORK = ("experts", "shared")
-
 
 @dataclass(slots=True, kw_only=True)
 class Cut:
@@ -171,13 +168,8 @@ def convert_layers(
 def _keep(cut: Cut, kept: Mapping[str, Tensor], file: Path) -> None:
     """Write what a layer is beyond the weights of its network."""
     assert cut.order_N is not None
-    state = {
-        name: value
-        for name, value in cut.moe.state_dict().items()
-        if name.partition(".")[0] not in _FROM_NETWORK
-    }
     tensors = {"order_N": cut.order_N}
-    tensors |= {f"state.{name}": value for name, value in state.items()}
+    tensors |= {f"state.{name}": value for name, value in _own_state(cut.moe).items()}
     tensors |= {f"kept.{name}": value for name, value in kept.items()}
     with atomic_write(file) as temporary:
         save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
@@ -186,11 +178,24 @@ def _keep(cut: Cut, kept: Mapping[str, Tensor], file: Path) -> None:
 def _take_up(cut: Cut, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Make a layer what an interrupted run left of it."""
     cut.fill(tensors["order_N"])
-    for name, value in cut.moe.state_dict().items():
-        if name.partition(".")[0] not in _FROM_NETWORK:
-            value.copy_(tensors[f"state.{name}"])
+    for name, value in _own_state(cut.moe).items():
+        value.copy_(tensors[f"state.{name}"])
     return {
         name.removeprefix("kept."): value
         for name, value in tensors.items()
         if name.startswith("kept.")
+    }
+
+
+def _own_state(moe: MoELayer) -> dict[str, Tensor]:
+    """State of a layer that `fill` does not write: all but the weights of the network."""
+    filled = {
+        tensor.data_ptr()
+        for part in (moe.experts, moe.shared)
+        if part is not None
+        for tensor in (part.weights().up, part.weights().down, part.weights().up_bias)
+        if tensor is not None
+    }
+    return {
+        name: value for name, value in moe.state_dict().items() if value.data_ptr() not in filled
     }

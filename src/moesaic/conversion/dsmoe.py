@@ -49,6 +49,9 @@ class DSMoE:
         allocation: How fitted layers share it: by `sensitivity` (insensitive layers run fewer
             blocks) or `uniform`.
         router: Threshold, estimator, value and normalisation of the gates.
+        compensate: Whether a block that is off leaves its mean output over the calibration text,
+            as FLAP leaves that of removed neurons: each block gets minus its mean as a bias, the
+            layer the sum of all means. All gates on is the dense network still.
         sparse_coef: Weight of the sparsity loss in training; 1 is the paper's.
         sparse_of: What the sparsity loss sums: `gates` (the paper) or `straight-through`.
         fit_steps: Adam steps of the Gram fit of each layer.
@@ -64,6 +67,7 @@ class DSMoE:
     router: SigmoidThresholdConfig = field(
         default_factory=lambda: SigmoidThresholdConfig(value="one", normalize="none", bias=True)
     )
+    compensate: bool = False
     sparse_coef: float = 1.0
     sparse_of: Literal["gates", "straight-through"] = "gates"
     fit_steps: int = 300
@@ -88,6 +92,11 @@ class DSMoE:
             raise InputError(
                 f"init 'gram' needs active of at least {FRACTIONS[0]}, got {self.active}; raise it "
                 "or use init 'open'"
+            )
+        if self.compensate and self.router.normalize != "none":
+            raise InputError(
+                "compensate needs router.normalize 'none', got 'count', which would scale the means "
+                "of blocks that are on; set it to 'none' or compensate to false"
             )
         if self.seed < 0:
             raise InputError(f"seed must be at least 0, got {self.seed}")
@@ -116,6 +125,8 @@ class DSMoE:
             needs.add("inputs")
             if self.allocation == "sensitivity":
                 needs.add("sensitivity")
+        if self.compensate:
+            needs.add("neurons")
         return tuple(sorted(needs))
 
 
@@ -199,6 +210,8 @@ def _describe(ffn: FFN, config: DSMoE) -> LayerConfig:
         ffn,
         num_experts=config.experts,
         width=ffn.width // config.experts,
+        output_bias=config.compensate or ffn.down_bias_D is not None,
+        expert_bias=config.compensate,
         router="sigmoid-threshold",
         router_options=to_plain(config.router),
     )
@@ -209,6 +222,8 @@ def _convert_layer(cut: Cut, config: DSMoE) -> dict[str, Tensor]:
     seed = config.seed + cut.index
     options = config.options_of_partition()
     cut.fill(cut.partition(config.partition, options, config.experts, seed))
+    if config.compensate:
+        _compensate(cut)
     fit = _start_router(cut, seed, config)
     if fit is None:
         return {}
@@ -216,6 +231,24 @@ def _convert_layer(cut: Cut, config: DSMoE) -> dict[str, Tensor]:
         name: torch.tensor(getattr(fit, name), dtype=torch.float64)
         for name in ("active", "shifts", "errors")
     }
+
+
+def _compensate(cut: Cut) -> None:
+    """Move the mean output of every block from the block to the layer."""
+    assert cut.order_N is not None
+    assert cut.moe.experts is not None
+    assert cut.moe.output_bias is not None
+    weights = cut.moe.experts.weights()
+    assert weights.down_bias is not None
+    mean_N = cut.measured["neurons.mean_F"][cut.order_N]
+    mean_EF = mean_N.unflatten(0, (weights.num_experts, weights.width)).to(weights.down.device)
+    mean_ED = torch.einsum("ef,edf->ed", mean_EF.float(), weights.down.float())
+    weights.down_bias.copy_(-mean_ED)
+    total_D = mean_ED.sum(0)
+    if cut.ffn.down_bias_D is not None:
+        total_D = total_D + cut.ffn.down_bias_D.float()
+    # Summed in float32: a bias of half precision would swallow small contributions.
+    cut.moe.output_bias.copy_(total_D)
 
 
 def _read_fit(tensors: Mapping[str, Tensor]) -> RouterFit:

@@ -1,15 +1,18 @@
 """Fit a DSMoE router to the Grams of block outputs, without running the model.
 
 Ours. With block outputs o_i and y = sum o_i, replacing y by sum w_i o_i leaves the error
-(w - 1)^T G (w - 1) with G_ij = <o_i, o_j>: an E x E matrix per token, computed once. The router
-then trains on G alone, in seconds: with the other gates as they are, block i on saves
+(w - 1)^T G (w - 1) with G_ij = <o_i, o_j>. With the other gates as they are, block i on saves
 b_i = G_ii + 2 sum over the blocks j that are off of G_ij, and gates earn what their block saves
 less a price. Price and shift of the scores are set at every step so that the requested fraction
 is on. The straight-through gradient would leave G_ii out of what an open gate saves: it lets the
 error grow from where the fit starts. Inputs are whitened, because a few directions of them carry
 most of their variance.
 
-Shapes: T tokens, D model width, E experts.
+The E x E matrix of a token is never formed: sum over the off blocks j of G_ij is <o_i, r> with r
+what the off blocks add up to, and one product with the down matrix gives it for all i. Blocks may
+be as small as one neuron.
+
+Shapes: T tokens, B tokens of a batch, D model width, E experts, F width of one expert.
 """
 
 from __future__ import annotations
@@ -21,15 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.calibration.collectors import block_outputs
+from moesaic.calibration.collectors import block_neurons
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 
 # Active fractions at which a fitted router is measured.
 FRACTIONS = tuple(round(0.05 * step, 2) for step in range(2, 21))
-# Floats of all Grams of a layer: bounds them to 256 MB.
-_MAX_GRAM = 1 << 26
-_CHUNK = 256
+# Floats of the neurons of all tokens: bounds them to 512 MB.
+_MAX_NEURONS = 1 << 27
+# Floats of the block outputs of a few tokens.
+_MAX_OUTPUTS = 1 << 24
 _BATCH = 512
 _LEARNING_RATE = 3e-3
 # Part of the tokens that sets the final shift and measures the fit.
@@ -55,24 +59,82 @@ class RouterFit:
         return float(np.interp(self.active, FRACTIONS, self.errors))
 
 
-@torch.no_grad()
-def token_grams(h_TD: Tensor, experts: Experts) -> Tensor:
-    """Gram matrix of the block outputs of every token, scaled, [T, E, E].
+class BlockErrors:
+    """What blocks add to the output of a layer, and what is lost when some are off.
 
     A token counts by the length of its output, where the plain error counts by its square: with
     that, the few tokens of massive activations would be all that a router learns. A token quieter
     than the median counts by its square.
+
+    Args:
+        h_TD: Inputs of the layer, [T, D].
+        experts: Its blocks.
+
+    Attributes:
+        own_TE: Squared length of every block's output, scaled, [T, E].
     """
-    weights = experts.weights()
-    grams = []
-    for h in h_TD.split(_CHUNK):
-        o_TED = block_outputs(h.to(weights.up.dtype), weights)
-        grams.append(torch.bmm(o_TED, o_TED.transpose(1, 2)))
-    gram_TEE = torch.cat(grams)
-    energy_T = gram_TEE.sum((1, 2))
-    median = energy_T.median().clamp(min=torch.finfo(energy_T.dtype).tiny)
-    scale_T = (energy_T.clamp(min=median) * median).sqrt()
-    return gram_TEE.div_(scale_T[:, None, None])
+
+    @torch.no_grad()
+    def __init__(self, h_TD: Tensor, experts: Experts) -> None:
+        weights = experts.weights()
+        self.down_EFD = weights.down.float().transpose(1, 2).contiguous()
+        self.bias_ED = None if weights.down_bias is None else weights.down_bias.float()
+        num_experts, width, dim = self.down_EFD.shape
+        neurons, own, energy = [], [], []
+        for h_BD in h_TD.split(max(1, _MAX_OUTPUTS // (num_experts * dim))):
+            a_BEF = block_neurons(h_BD.to(weights.up.dtype), weights)
+            o_BED = self._outputs(a_BEF)
+            neurons.append(a_BEF.flatten(1))
+            own.append(o_BED.square().sum(2))
+            energy.append(o_BED.sum(1).square().sum(1))
+        self._a_TM = torch.cat(neurons)
+        energy_T = torch.cat(energy)
+        median = energy_T.median().clamp(min=torch.finfo(energy_T.dtype).tiny)
+        self._scale_T1 = (energy_T.clamp(min=median) * median).rsqrt().unsqueeze(1)
+        self.own_TE = torch.cat(own) * self._scale_T1
+
+    def _outputs(self, a_BEF: Tensor) -> Tensor:
+        o_BED = torch.einsum("bef,efd->bed", a_BEF, self.down_EFD)
+        return o_BED if self.bias_ED is None else o_BED + self.bias_ED
+
+    def missing(self, tokens_B: Tensor, weights_BE: Tensor) -> Tensor:
+        """What the weights leave out of the output, [B, D], unscaled."""
+        gap_BE = 1 - weights_BE
+        width = self.down_EFD.shape[1]
+        a_BM = self._a_TM[tokens_B] * gap_BE.repeat_interleave(width, dim=1)
+        r_BD = a_BM @ self.down_EFD.flatten(0, 1)
+        return r_BD if self.bias_ED is None else r_BD + gap_BE @ self.bias_ED
+
+    @torch.no_grad()
+    def error(self, tokens_B: Tensor, weights_BE: Tensor) -> float:
+        """Mean over some tokens of the scaled squared error that the weights leave.
+
+        Args:
+            tokens_B: Which tokens, [B] int64.
+            weights_BE: Weight of every block, [B, E].
+        """
+        total = 0.0
+        for tokens, weights in zip(tokens_B.split(_BATCH), weights_BE.split(_BATCH), strict=True):
+            r_BD = self.missing(tokens, weights)
+            total += float((r_BD.square().sum(1) * self._scale_T1[tokens, 0]).sum())
+        return total / len(tokens_B)
+
+    @torch.no_grad()
+    def savings(self, tokens_B: Tensor, on_BE: Tensor) -> Tensor:
+        """How much lower the error is with a block on than off, the others as they are, [B, E].
+
+        Args:
+            tokens_B: Which tokens, [B] int64.
+            on_BE: Which blocks are on, [B, E] bool.
+        """
+        r_BD = self.missing(tokens_B, on_BE.to(self.down_EFD.dtype))
+        along_BM = self._a_TM[tokens_B] * (r_BD @ self.down_EFD.flatten(0, 1).T)
+        along_BE = along_BM.unflatten(1, (on_BE.shape[1], -1)).sum(2)
+        if self.bias_ED is not None:
+            along_BE = along_BE + r_BD @ self.bias_ED.T
+        # What is missing contains the block itself where it is off.
+        own_BE = self.own_TE[tokens_B]
+        return 2 * along_BE * self._scale_T1[tokens_B] + torch.where(on_BE, own_BE, -own_BE)
 
 
 def fit_router(
@@ -89,7 +151,7 @@ def fit_router(
     Args:
         router: Its weight and bias are written.
         experts: The blocks it gates.
-        h_TD: Inputs of the layer, [T, D]; as many as 256 MB of Grams allow are used.
+        h_TD: Inputs of the layer, [T, D]; as many as 512 MB of neurons allow are used.
         active: Fraction of gates to be on, in (0, 1).
         steps: Adam steps of 512 tokens.
         seed: Of the batches.
@@ -98,67 +160,52 @@ def fit_router(
         The fit on tokens held out of it.
     """
     assert router.bias is not None
-    num_experts = router.num_experts
+    num_neurons = router.num_experts * experts.width
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(h_TD.shape[0], generator=generator)[: _MAX_GRAM // num_experts**2]
+    order = torch.randperm(h_TD.shape[0], generator=generator)[: _MAX_NEURONS // num_neurons]
     h_TD = h_TD[order].float()
     num_train = max(1, int(len(order) * (1 - _HELD)))
-    gram_TEE = token_grams(h_TD, experts)
+    errors = BlockErrors(h_TD, experts)
 
     mean_D, whiten_DD = _whitening(h_TD[:num_train])
     x_TD = (h_TD - mean_D) @ whiten_DD
-    weight_ED, bias_E = _first_guess(x_TD[:num_train], gram_TEE[:num_train])
+    weight_ED, bias_E = _first_guess(x_TD[:num_train], errors.own_TE[:num_train])
     weight_ED.requires_grad_()
     bias_E.requires_grad_()
     optimizer = torch.optim.Adam([weight_ED, bias_E], lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     for _ in range(steps):
-        batch = torch.randint(num_train, (min(_BATCH, num_train),), generator=generator)
-        scores_TE = x_TD[batch] @ weight_ED.T + bias_E
-        scores_TE = scores_TE - _shift(scores_TE.detach(), active, router.threshold)
-        gates_TE = scores_TE.sigmoid()
-        saved_TE = _savings(gram_TEE[batch], gates_TE > router.threshold)
-        price = _cut(saved_TE, active)
+        tokens_B = torch.randint(num_train, (min(_BATCH, num_train),), generator=generator)
+        scores_BE = x_TD[tokens_B] @ weight_ED.T + bias_E
+        scores_BE = scores_BE - _shift(scores_BE.detach(), active, router.threshold)
+        gates_BE = scores_BE.sigmoid()
+        saved_BE = errors.savings(tokens_B, gates_BE > router.threshold)
+        price = _cut(saved_BE, active)
         optimizer.zero_grad()
-        ((price - saved_TE) * gates_TE).sum(1).mean().backward()
+        ((price - saved_BE) * gates_BE).sum(1).mean().backward()
         optimizer.step()
         schedule.step()
 
     with torch.no_grad():
-        held = slice(num_train, None) if num_train < len(order) else slice(None)
-        held_TE = x_TD[held] @ weight_ED.T + bias_E
-        shift = _shift(held_TE, active, router.threshold)
+        tokens_B = torch.arange(num_train if num_train < len(order) else 0, len(order))
+        held_BE = x_TD[tokens_B] @ weight_ED.T + bias_E
+        shift = _shift(held_BE, active, router.threshold)
         folded_ED = weight_ED @ whiten_DD
         router.weight.copy_(folded_ED)
         router.bias.copy_(bias_E - shift - folded_ED @ mean_D)
-        return _measure(router, held_TE - shift, gram_TEE[held])
+        return _measure(router, held_BE - shift, errors, tokens_B)
 
 
-def _measure(router: SigmoidThreshold, scores_TE: Tensor, gram_TEE: Tensor) -> RouterFit:
+def _measure(
+    router: SigmoidThreshold, scores_BE: Tensor, errors: BlockErrors, tokens_B: Tensor
+) -> RouterFit:
     """Measure a router at its own bias and moved to every fraction."""
-    shifts = [_shift(scores_TE, fraction, router.threshold) for fraction in FRACTIONS]
-    errors = [
-        float(gram_error(gram_TEE, router.decide(scores_TE - shift).weights_TE()))
-        for shift in shifts
+    shifts = [_shift(scores_BE, fraction, router.threshold) for fraction in FRACTIONS]
+    measured = [
+        errors.error(tokens_B, router.decide(scores_BE - shift).weights_TE()) for shift in shifts
     ]
-    active = float(router.decide(scores_TE).active_TE().float().mean())
-    return RouterFit(active, tuple(shifts), tuple(errors))
-
-
-def gram_error(gram_TEE: Tensor, weights_TE: Tensor) -> Tensor:
-    """Mean over tokens of (w - 1)^T G (w - 1)."""
-    gap_TE = weights_TE - 1
-    product_TE = torch.bmm(gram_TEE, gap_TE.unsqueeze(2)).squeeze(2)
-    return (product_TE * gap_TE).sum(1).mean()
-
-
-@torch.no_grad()
-def _savings(gram_TEE: Tensor, on_TE: Tensor) -> Tensor:
-    """How much lower the error is with a block on than off, the others as they are, [T, E]."""
-    off_TE = (~on_TE).to(gram_TEE.dtype)
-    own_TE = torch.diagonal(gram_TEE, dim1=1, dim2=2)
-    with_off_TE = torch.bmm(gram_TEE, off_TE.unsqueeze(2)).squeeze(2) - own_TE * off_TE
-    return own_TE + 2 * with_off_TE
+    active = float(router.decide(scores_BE).active_TE().float().mean())
+    return RouterFit(active, tuple(shifts), tuple(measured))
 
 
 def _whitening(h_TD: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,9 +217,8 @@ def _whitening(h_TD: Tensor) -> tuple[Tensor, Tensor]:
     return mean_D, (vectors_DD * values_D.rsqrt()) @ vectors_DD.T
 
 
-def _first_guess(x_TD: Tensor, gram_TEE: Tensor) -> tuple[Tensor, Tensor]:
+def _first_guess(x_TD: Tensor, energy_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Ridge regression of the log energy of each block's output, at the scale of gate logits."""
-    energy_TE = torch.diagonal(gram_TEE, dim1=1, dim2=2)
     target_TE = torch.log(energy_TE + 1e-6)
     target_TE = (target_TE - target_TE.mean()) * (2.0 / (target_TE.std() + 1e-6))
     bias_E = target_TE.mean(0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class LayerConfig:
         experts: Name of the kind of experts.
         activation: Name of the activation.
         bias: Whether the up products have a bias.
+        expert_bias: Whether each expert's output has a bias, which its weight scales; the shared
+            part has none of its own, that is `output_bias`.
     """
 
     num_experts: int
@@ -47,6 +49,7 @@ class LayerConfig:
     experts: str = "gated"
     activation: str = "silu"
     bias: bool = False
+    expert_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.num_experts < 0 or self.width < 0 or self.shared_width < 0:
@@ -74,6 +77,7 @@ class MoELayer(nn.Module):
         self.config = config
         self.dim = dim
         options = ExpertsConfig(activation=config.activation, bias=config.bias)
+        routed = replace(options, down_bias=config.expert_bias)
         make_experts: type[Experts] = EXPERTS.load(config.experts)
         self.router: Router | None = None
         self.experts: Experts | None = None
@@ -85,7 +89,7 @@ class MoELayer(nn.Module):
                 where=f"router {config.router}",
             )
             self.router = ROUTERS.load(config.router)(dim, config.num_experts, settings)
-            self.experts = make_experts(dim, config.num_experts, config.width, options)
+            self.experts = make_experts(dim, config.num_experts, config.width, routed)
         if config.shared_width:
             self.shared = make_experts(dim, 1, config.shared_width, options)
         self.output_bias = nn.Parameter(torch.zeros(dim)) if config.output_bias else None

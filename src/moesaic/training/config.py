@@ -22,6 +22,8 @@ class TrainConfig:
         router_learning_rate: Peak rate of routers.
         warmup: Part of the steps that the rates rise; then they fall along a cosine.
         distill: Weight of the Kullback-Leibler divergence from the dense parent.
+        match: Weight of the difference from the dense parent's hidden states: the squared
+            difference after each layer over the square of the parent's, mean over layers and tokens.
         language: Weight of the language model loss on the text itself.
         active: Active FFN fraction to reach, in (0, 1]; 0 leaves the level to `sparse_coef` of the
             conversion, as the paper does.
@@ -40,6 +42,7 @@ class TrainConfig:
     router_learning_rate: float = 1e-3
     warmup: float = 0.05
     distill: float = 1.0
+    match: float = 0.0
     language: float = 0.0
     active: float = 0.7
     budget_rate: float = 2.0
@@ -55,10 +58,12 @@ class TrainConfig:
         for name in ("learning_rate", "router_learning_rate", "budget_rate", "seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.distill < 0 or self.language < 0 or self.distill + self.language == 0:
+        weights = (self.distill, self.match, self.language)
+        if min(weights) < 0 or sum(weights) == 0:
             raise InputError(
-                f"distill and language must be at least 0 and not both 0, got {self.distill} and "
-                f"{self.language}; 1 and 0 distils from the dense parent alone"
+                "distill, match and language must be at least 0 and not all 0, got "
+                f"{self.distill}, {self.match} and {self.language}; 1, 0 and 0 distils from the "
+                "dense parent alone"
             )
         if not 0.0 <= self.active <= 1.0:
             raise InputError(

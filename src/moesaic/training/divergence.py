@@ -1,10 +1,11 @@
-"""Kullback-Leibler divergence between two sets of logits, without their softmaxes in memory.
+"""How far a model is from its teacher: in its logits, and in its hidden states on the way.
 
 Shapes: T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,3 +50,23 @@ def divergence(student_TV: Tensor, teacher_TV: Tensor) -> Tensor:
     """
     out: Tensor = _Divergence.apply(student_TV, teacher_TV)
     return out
+
+
+def mismatch(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Squared difference of hidden states over the square of the teacher's.
+
+    Relative for each token, since a few tokens have states hundreds of times as long as the rest.
+
+    Args:
+        student: After every layer, [B, S, D]; they learn.
+        teacher: To match, [B, S, D].
+
+    Returns:
+        Mean over layers and tokens, a scalar in float32.
+    """
+    terms = []
+    for ours_BSD, theirs_BSD in zip(student, teacher, strict=True):
+        theirs = theirs_BSD.float()
+        energy_BS = theirs.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        terms.append(((ours_BSD.float() - theirs).square().sum(-1) / energy_BS).mean())
+    return torch.stack(terms).mean()

@@ -77,7 +77,7 @@ def train(
     require_space(directory, _checkpoint_bytes(model), what="a training checkpoint")
 
     select_trainable(model, config.trains)
-    teacher = dense_teacher(model) if config.distill > 0 else None
+    teacher = dense_teacher(model) if config.distill + config.match > 0 else None
     wrapped: nn.Module = _with_adapters(model, config) if config.trains == "lora" else model
     coef = terms["sparsity"].coef if "sparsity" in terms else 0.0
     control = BudgetControl(config.active, coef, config.budget_rate) if config.active > 0 else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesaic.nn.layer import moe_layers
@@ -34,7 +36,6 @@ def dense_teacher(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def teacher_logits(teacher: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
-    """Logits of the teacher, [B, S, V]."""
-    logits: torch.Tensor = teacher(**inputs, use_cache=False).logits
-    return logits
+def ask_teacher(teacher: PreTrainedModel, *, hidden: bool, **inputs: Tensor) -> Any:
+    """Run the teacher: its `logits` [B, S, V] and, if wanted, its `hidden_states` of every layer."""
+    return teacher(**inputs, use_cache=False, output_hidden_states=hidden)

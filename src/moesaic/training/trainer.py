@@ -29,8 +29,8 @@ from moesaic.data.blocks import TokenBlocks
 from moesaic.nn.layer import moe_layers, record_routing
 from moesaic.training.budget import BudgetControl, active_fraction
 from moesaic.training.config import TrainConfig
-from moesaic.training.divergence import divergence
-from moesaic.training.teacher import teacher_logits
+from moesaic.training.divergence import divergence, mismatch
+from moesaic.training.teacher import ask_teacher
 
 # Beside the adapters of a checkpoint.
 ROUTERS = "routers.safetensors"
@@ -148,6 +148,7 @@ class DistillTrainer(Trainer):
                 **inputs,
                 labels=labels_BS if config.language > 0 else None,
                 output_router_logits=True,
+                output_hidden_states=config.match > 0,
                 use_cache=False,
             )
         loss = out.aux_loss
@@ -157,10 +158,15 @@ class DistillTrainer(Trainer):
             loss = loss + config.language * language
             parts["language"] = float(language.detach())
         if self.teacher is not None:
-            logits_TV = teacher_logits(self.teacher, **inputs).flatten(0, 1)
-            kl = divergence(out.logits.flatten(0, 1), logits_TV)
-            loss = loss + config.distill * kl
-            parts["kl"] = float(kl.detach())
+            parent = ask_teacher(self.teacher, hidden=config.match > 0, **inputs)
+            if config.distill > 0:
+                kl = divergence(out.logits.flatten(0, 1), parent.logits.flatten(0, 1))
+                loss = loss + config.distill * kl
+                parts["kl"] = float(kl.detach())
+            if config.match > 0:
+                gap = mismatch(out.hidden_states[1:], parent.hidden_states[1:])
+                loss = loss + config.match * gap
+                parts["match"] = float(gap.detach())
         self._note(parts, routings, domain_B, inputs["input_ids"])
         return (loss, out) if return_outputs else loss
 
@@ -265,6 +271,7 @@ class StepRecorder(TrainerCallback, ExportableState):
             weight * line.get(name, 0.0)
             for name, weight in (
                 ("kl", self.trainer.settings.distill),
+                ("match", self.trainer.settings.match),
                 ("language", self.trainer.settings.language),
             )
         )

@@ -22,11 +22,14 @@ class ExpertsConfig:
 
     Attributes:
         activation: Name of the activation, as transformers spells it.
-        bias: Whether the up product has a bias. A bias of the down product belongs to the layer.
+        bias: Whether the up product has a bias.
+        down_bias: Whether the output of each expert has a bias, which its weight scales with the
+            rest of it. A bias that is there whatever is on belongs to the layer.
     """
 
     activation: str = "silu"
     bias: bool = False
+    down_bias: bool = False
 
     def __post_init__(self) -> None:
         activation(self.activation)

@@ -35,14 +35,18 @@ class GatedExperts(Experts):
         self.gate_up_proj_bias = (
             nn.Parameter(torch.empty(num_experts, 2 * width)) if config.bias else None
         )
+        self.down_proj_bias = (
+            nn.Parameter(torch.empty(num_experts, dim)) if config.down_bias else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw small random weights; biases start at zero."""
         nn.init.normal_(self.gate_up_proj, std=0.02)
         nn.init.normal_(self.down_proj, std=0.02)
-        if self.gate_up_proj_bias is not None:
-            nn.init.zeros_(self.gate_up_proj_bias)
+        for bias in (self.gate_up_proj_bias, self.down_proj_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def weights(self) -> ExpertWeights:
         """Give the weights to an expert path."""
@@ -52,4 +56,5 @@ class GatedExperts(Experts):
             activation=self.activation,
             gated=True,
             up_bias=self.gate_up_proj_bias,
+            down_bias=self.down_proj_bias,
         )

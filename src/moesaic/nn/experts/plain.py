@@ -33,14 +33,18 @@ class PlainExperts(Experts):
         self.up_proj = nn.Parameter(torch.empty(num_experts, width, dim))
         self.down_proj = nn.Parameter(torch.empty(num_experts, dim, width))
         self.up_proj_bias = nn.Parameter(torch.empty(num_experts, width)) if config.bias else None
+        self.down_proj_bias = (
+            nn.Parameter(torch.empty(num_experts, dim)) if config.down_bias else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw small random weights; biases start at zero."""
         nn.init.normal_(self.up_proj, std=0.02)
         nn.init.normal_(self.down_proj, std=0.02)
-        if self.up_proj_bias is not None:
-            nn.init.zeros_(self.up_proj_bias)
+        for bias in (self.up_proj_bias, self.down_proj_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def weights(self) -> ExpertWeights:
         """Give the weights to an expert path."""
@@ -50,4 +54,5 @@ class PlainExperts(Experts):
             activation=self.activation,
             gated=False,
             up_bias=self.up_proj_bias,
+            down_bias=self.down_proj_bias,
         )
