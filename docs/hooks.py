@@ -3,12 +3,13 @@
 A page asks for them with a comment on a line of its own:
 `<!-- methods: router -->` lists one family and documents each method from its source;
 `<!-- systems -->` lists the published systems, `<!-- architectures -->` the decoders that can be
-converted and `<!-- commands -->` the commands.
+converted, `<!-- commands -->` the commands and `<!-- speeds -->` the committed speeds of networks.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from moesaic import catalog
 
 _METHODS = re.compile(r"^<!-- methods: ([a-z-]+) -->$", re.MULTILINE)
-_LIST = re.compile(r"^<!-- (systems|architectures|commands) -->$", re.MULTILINE)
+_LIST = re.compile(r"^<!-- (systems|architectures|commands|speeds) -->$", re.MULTILINE)
 _PACKAGE = Path(catalog.__file__).resolve().parents[1]
 
 
@@ -34,7 +35,12 @@ def families_in(markdown: str) -> list[str]:
 def render(markdown: str) -> str:
     """Replace every request of a page by what it asks for."""
     markdown = _METHODS.sub(lambda found: _methods(found[1]), markdown)
-    lists = {"systems": _systems, "architectures": _architectures, "commands": _commands}
+    lists = {
+        "systems": _systems,
+        "architectures": _architectures,
+        "commands": _commands,
+        "speeds": _speeds,
+    }
     return _LIST.sub(lambda found: lists[found[1]](), markdown)
 
 
@@ -136,6 +142,39 @@ def _commands() -> str:
         ("command", "what it does"),
         ((f"`moesaic {name}`", text.partition("\n")[0]) for name, text in docs.items()),
     )
+
+
+def _speeds() -> str:
+    """Tabulate the committed results of `moesaic bench ffn`."""
+    sections = []
+    for path in sorted((_PACKAGE.parents[1] / "bench" / "results").glob("ffn-*.json")):
+        result = json.loads(path.read_text("utf-8"))
+        machine, roof, cells = result["machine"], result["roof"], result["cells"]
+        fractions = sorted({cell["active"] for cell in cells})
+        rows: dict[tuple[int, int], dict[float, str]] = {}
+        for cell in cells:
+            rows.setdefault((cell["experts"], cell["tokens"]), {})[cell["active"]] = _speed(cell)
+        sections += [
+            f"### {cells[0]['shape']}, {cells[0]['dtype']}",
+            f"`{path.name}`: {machine['cpu']}, {machine['threads']} threads, torch "
+            f"{machine['torch']}; reads {roof['read_bytes_per_s'] / 1e9:.0f} GB/s; "
+            f"{result['created'][:10]}, commit {result['commit'][:7]}.",
+            _rows(
+                ("experts", "tokens", *(f"{fraction:g} active" for fraction in fractions)),
+                (
+                    (str(experts), str(tokens), *(row.get(f, "") for f in fractions))
+                    for (experts, tokens), row in sorted(rows.items())
+                ),
+            ),
+        ]
+    return "\n\n".join(sections)
+
+
+def _speed(cell: dict[str, Any]) -> str:
+    """Times of the roof, times faster than dense, times faster than the best peer."""
+    ms = {row["method"]: row["median_ms"] for row in cell["rows"] if "median_ms" in row}
+    ours, dense = ms.pop("moesaic"), ms.pop("dense")
+    return f"{ours / cell['roof_ms']:.2f} / {dense / ours:.1f} / {min(ms.values()) / ours:.1f}"
 
 
 def _rows(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
