@@ -161,12 +161,13 @@ inline void attend(const Attention& a, const Batch& b, const float* qkv, int64_t
   for (int64_t i = 0; i < n; ++i) rows[i] = qkv + row(i) * a.qkv.outputs + column(i);
   const float* keys = a.keys + head * b.length * C + begin * C;
   for (int64_t at = 0; at < seen; at += WIDE) {
-    in_passes(n, C * Float32::bytes, [&](int64_t from, int count, int64_t ahead) {
+    const char* panel = reinterpret_cast<const char*>(keys + at * C);
+    const char* next = panel + C * Float32::bytes;
+    in_passes<Float32>(n, panel, next, C, [&](int64_t from, int count, Fetch fetch) {
       with_rows(count, [&](auto number) {
         constexpr int M = decltype(number)::value;
         V lo[M], hi[M];
-        multiply<Float32, M>(&rows[from], reinterpret_cast<const char*>(keys + at * C), C, ahead,
-                             lo, hi);
+        multiply<Float32, M>(&rows[from], panel, C, fetch, lo, hi);
         for (int m = 0; m < M; ++m) {
           store(&weights[(from + m) * seen + at], lo[m]);
           store(&weights[(from + m) * seen + at + LANES], hi[m]);
@@ -200,12 +201,13 @@ inline void attend(const Attention& a, const Batch& b, const float* qkv, int64_t
   }
   const float* values = a.values + head * padded(C) * b.length + begin * WIDE;
   for (int64_t c = 0; c < C; c += WIDE) {
-    in_passes(n, b.length * Float32::bytes, [&](int64_t from, int count, int64_t ahead) {
+    const char* panel = reinterpret_cast<const char*>(values + c * b.length);
+    const char* next = panel + b.length * Float32::bytes;
+    in_passes<Float32>(n, panel, next, end - begin, [&](int64_t from, int count, Fetch fetch) {
       with_rows(count, [&](auto number) {
         constexpr int M = decltype(number)::value;
         V lo[M], hi[M];
-        multiply<Float32, M>(&rows[from], reinterpret_cast<const char*>(values + c * b.length),
-                             end - begin, ahead, lo, hi);
+        multiply<Float32, M>(&rows[from], panel, end - begin, fetch, lo, hi);
         for (int m = 0; m < M; ++m) {
           float both[WIDE];
           store(both, lo[m] / sums[from + m]);

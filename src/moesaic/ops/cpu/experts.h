@@ -66,15 +66,15 @@ inline V scaled(V sum, const float* scale, const float* bias, int64_t at) {
 }
 
 // Shares units of work among the threads. The work of few rows is to read memory: each thread
-// reads one long run of it. That of many is shared in small portions, of neighbours still, so
-// that a thread that is held up does not hold up all.
+// reads one long run of it. That of many is shared in portions, so that a thread that is held up
+// does not hold up all; of neighbours, since each fetches the next.
 template <class F>
 inline void share(int64_t units, int64_t rows, F f) {
   if (rows <= ROWS) {
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < units; ++unit) f(unit);
   } else {
-    const int64_t portion = std::clamp<int64_t>(units / (8 * omp_get_num_threads()), 1, 4);
+    const int64_t portion = std::clamp<int64_t>(units / (8 * omp_get_num_threads()), 1, 16);
 #pragma omp for schedule(dynamic, portion)
     for (int64_t unit = 0; unit < units; ++unit) f(unit);
   }
@@ -88,13 +88,14 @@ inline void linear(const Linear& w, const float* x, int64_t stride, int64_t T, f
     using W = decltype(format);
     share(panels, T, [&](int64_t p) {
       const char* panel = w.panels + p * w.inputs * W::bytes;
-      in_passes(T, w.inputs * W::bytes, [&](int64_t first, int rows, int64_t ahead) {
+      const char* next = panel + w.inputs * W::bytes;
+      in_passes<W>(T, panel, next, w.inputs, [&](int64_t first, int rows, Fetch fetch) {
         with_rows(rows, [&](auto count) {
           constexpr int M = decltype(count)::value;
           const float* a[M];
           V lo[M], hi[M];
           for (int m = 0; m < M; ++m) a[m] = x + (first + m) * stride;
-          multiply<W, M>(a, panel, w.inputs, ahead, lo, hi);
+          multiply<W, M>(a, panel, w.inputs, fetch, lo, hi);
           for (int m = 0; m < M; ++m) {
             float* y = out + (first + m) * out_stride + p * WIDE;
             lo[m] = scaled(lo[m], w.scale, w.bias, p * WIDE);
@@ -196,13 +197,14 @@ inline void apply_experts(const Experts& e, const Slots& slots, const float* x, 
       const int64_t begin = slots.begin[expert], n = slots.begin[expert + 1] - begin;
       const int64_t index = expert * up_panels + p;
       const char* panel = e.up + index * e.inputs * W::bytes;
-      in_passes(n, e.inputs * W::bytes, [&](int64_t first, int rows, int64_t ahead) {
+      const char* next = panel + e.inputs * W::bytes;
+      in_passes<W>(n, panel, next, e.inputs, [&](int64_t first, int rows, Fetch fetch) {
         with_rows(rows, [&](auto count) {
           constexpr int M = decltype(count)::value;
           const float* a[M];
           V lo[M], hi[M];
           for (int m = 0; m < M; ++m) a[m] = x + slots.token[begin + first + m] * stride;
-          multiply<W, M>(a, panel, e.inputs, ahead, lo, hi);
+          multiply<W, M>(a, panel, e.inputs, fetch, lo, hi);
           for (int m = 0; m < M; ++m) {
             const int64_t slot = begin + first + m;
             float* y = neurons + slot * F + p * per_panel;
@@ -232,13 +234,14 @@ inline void apply_experts(const Experts& e, const Slots& slots, const float* x, 
         const int64_t begin = slots.begin[expert], n = slots.begin[expert + 1] - begin;
         for (int64_t tile = first_tile; tile < last_tile; ++tile) {
           const char* panel = e.down + (expert * tiles + tile) * F * W::bytes;
-          in_passes(n, F * W::bytes, [&](int64_t first, int rows, int64_t ahead) {
+          const char* next = panel + F * W::bytes;
+          in_passes<W>(n, panel, next, F, [&](int64_t first, int rows, Fetch fetch) {
             with_rows(rows, [&](auto count) {
               constexpr int M = decltype(count)::value;
               const float* a[M];
               V lo[M], hi[M];
               for (int m = 0; m < M; ++m) a[m] = neurons + (begin + first + m) * F;
-              multiply<W, M>(a, panel, F, ahead, lo, hi);
+              multiply<W, M>(a, panel, F, fetch, lo, hi);
               const int64_t at = expert * e.outputs + tile * WIDE;
               for (int m = 0; m < M; ++m) {
                 const int64_t slot = begin + first + m;

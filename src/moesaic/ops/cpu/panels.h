@@ -90,21 +90,24 @@ struct Int8 {
   }
 };
 
-// Not inlined: what surrounds the loop must not compete with it for registers. `ahead` says how
-// far beyond what it reads the loop fetches: a little, or a whole panel when this one is in the
-// cache already, so that memory works while the multipliers do.
-constexpr int64_t NEAR = 2048;
+// What a pass over a panel brings into the cache on the way: from where, and how far from one
+// input to the next.
+struct Fetch {
+  const char* from;
+  int64_t step;
+};
 
+// Not inlined: what surrounds the loop must not compete with it for registers.
 template <class W, int M>
 __attribute__((noinline)) void multiply(const float* const* rows, const char* panel, int64_t K,
-                                        int64_t ahead, V* out_lo, V* out_hi) {
+                                        Fetch fetch, V* out_lo, V* out_hi) {
   const float* a[M];
   V lo[M], hi[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) a[m] = rows[m], lo[m] = V{}, hi[m] = V{};
-  for (int64_t k = 0; k < K; ++k, panel += W::bytes) {
-    __builtin_prefetch(panel + ahead, 0, 2);
-    if constexpr (W::bytes > 64) __builtin_prefetch(panel + ahead + 64, 0, 2);
+  for (int64_t k = 0; k < K; ++k, panel += W::bytes, fetch.from += fetch.step) {
+    __builtin_prefetch(fetch.from, 0, 2);
+    if constexpr (W::bytes > 64) __builtin_prefetch(fetch.from + 64, 0, 2);
     V wlo, whi;
     W::read(panel, wlo, whi);
 #pragma GCC unroll 16
@@ -129,13 +132,18 @@ inline void with_rows(int rows, F f) {
   }
 }
 
-// Splits n rows into passes over a panel, of nearly equal size: f(first, rows, ahead).
-template <class F>
-inline void in_passes(int64_t n, int64_t panel_bytes, F f) {
-  const int64_t passes = (n + ROWS - 1) / ROWS;
+// Splits n rows into passes over a panel of K inputs, of nearly equal size: f(first, rows, fetch).
+// A single pass fetches a little ahead of itself. Several find their panel in the cache, and each
+// fetches its part of the next, so that memory works all the while that the multipliers do.
+template <class W, class F>
+inline void in_passes(int64_t n, const char* panel, const char* next, int64_t K, F f) {
+  constexpr int64_t NEAR = 2048;
+  const int64_t passes = (n + ROWS - 1) / ROWS, size = K * W::bytes;
   for (int64_t p = 0; p < passes; ++p) {
     const int64_t first = n * p / passes;
-    f(first, static_cast<int>(n * (p + 1) / passes - first), p ? panel_bytes : NEAR);
+    const Fetch fetch = passes == 1 ? Fetch{panel + NEAR, W::bytes}
+                                    : Fetch{next + size * p / passes, W::bytes / passes};
+    f(first, static_cast<int>(n * (p + 1) / passes - first), fetch);
   }
 }
 
