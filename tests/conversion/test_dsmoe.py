@@ -86,7 +86,9 @@ def test_fitted_routers_meet_the_budget(allocation, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", [LLAMA, Case("llama", {"mlp_bias": True}), Case("opt", {})], ids=str)
+@pytest.mark.parametrize(
+    "case", [LLAMA, Case("llama", {"mlp_bias": True}), Case("opt", {})], ids=str
+)
 def test_compensation_keeps_the_dense_model_and_leaves_the_mean_of_what_is_off(case, tmp_path):
     dense, ids = dense_model(case), random_ids()
     want = dense(ids).logits

@@ -149,7 +149,7 @@ def test_divergence_of_half_precision_logits(dtype):
     [
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"active": 1.5}, r"active must be in \(0, 1\]"),
-        ({"distill": 0.0}, "not both 0"),
+        ({"distill": 0.0}, "not all 0"),
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\)"),
         ({"batch_blocks": 3, "accumulate": 2}, "accumulate must divide batch_blocks=3"),
         ({"learning_rate": -1.0}, "learning_rate must be at least 0"),

@@ -13,7 +13,7 @@ from moesaic.conversion.dsmoe import DSMoE, convert_dsmoe
 from moesaic.nn.layer import moe_layers
 from moesaic.training import TrainConfig, train
 from moesaic.training.run import METRICS, clean
-from moesaic.training.teacher import teacher_logits
+from moesaic.training.teacher import ask_teacher
 
 
 def start(case=LLAMA):
@@ -171,11 +171,11 @@ def test_the_teacher_stays_the_dense_parent_all_through(trains, tmp_path, monkey
     asked = []
 
     def watched(teacher, **inputs):
-        logits = teacher_logits(teacher, **inputs)
-        asked.append(teacher_logits(teacher, input_ids=ids))
-        return logits
+        out = ask_teacher(teacher, **inputs)
+        asked.append(ask_teacher(teacher, hidden=False, input_ids=ids).logits)
+        return out
 
-    monkeypatch.setattr("moesaic.training.trainer.teacher_logits", watched)
+    monkeypatch.setattr("moesaic.training.trainer.ask_teacher", watched)
     rates = {"learning_rate": 0.1, "router_learning_rate": 0.1}
     train(start(), make_text(), settings(trains=trains, **rates), tmp_path)
     with torch.no_grad():
@@ -183,6 +183,19 @@ def test_the_teacher_stays_the_dense_parent_all_through(trains, tmp_path, monkey
     assert len(asked) == 4
     for logits in asked:
         torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_states_are_matched_with_or_without_logits(tmp_path):
+    """An open model is its own teacher at the first step; its logits follow its hidden states."""
+    rates = {"learning_rate": 0.01, "router_learning_rate": 0.01}
+    _, both = train(start(), make_text(), settings(match=2.0, **rates), tmp_path / "both")
+    _, alone = train(start(), make_text(), settings(match=2.0, distill=0.0), tmp_path / "alone")
+    for line in both["log"]:
+        parts = line["kl"] + 2.0 * line["match"] + line["aux"]
+        assert line["loss"] == pytest.approx(parts, rel=1e-5)
+    assert both["log"][0]["match"] == pytest.approx(0.0, abs=1e-6)
+    assert both["log"][-1]["match"] > 1e-6
+    assert all("kl" not in line for line in alone["log"])
 
 
 def test_adapters_fit_the_transposed_layers_of_gpt2(tmp_path):

@@ -95,8 +95,8 @@ class DSMoE:
             )
         if self.compensate and self.router.normalize != "none":
             raise InputError(
-                "compensate needs router.normalize 'none', got 'count', which would scale the means "
-                "of blocks that are on; set it to 'none' or compensate to false"
+                "compensate needs router.normalize 'none', got 'count', which would scale the "
+                "means of blocks that are on; set it to 'none' or compensate to false"
             )
         if self.seed < 0:
             raise InputError(f"seed must be at least 0, got {self.seed}")

@@ -79,7 +79,7 @@ class BlockErrors:
         weights = experts.weights()
         self.down_EFD = weights.down.float().transpose(1, 2).contiguous()
         self.bias_ED = None if weights.down_bias is None else weights.down_bias.float()
-        num_experts, width, dim = self.down_EFD.shape
+        num_experts, _, dim = self.down_EFD.shape
         neurons, own, energy = [], [], []
         for h_BD in h_TD.split(max(1, _MAX_OUTPUTS // (num_experts * dim))):
             a_BEF = block_neurons(h_BD.to(weights.up.dtype), weights)
@@ -134,7 +134,8 @@ class BlockErrors:
             along_BE = along_BE + r_BD @ self.bias_ED.T
         # What is missing contains the block itself where it is off.
         own_BE = self.own_TE[tokens_B]
-        return 2 * along_BE * self._scale_T1[tokens_B] + torch.where(on_BE, own_BE, -own_BE)
+        saved_BE: Tensor = 2 * along_BE * self._scale_T1[tokens_B]
+        return saved_BE + torch.where(on_BE, own_BE, -own_BE)
 
 
 def fit_router(

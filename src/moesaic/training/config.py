@@ -22,8 +22,8 @@ class TrainConfig:
         router_learning_rate: Peak rate of routers.
         warmup: Part of the steps that the rates rise; then they fall along a cosine.
         distill: Weight of the Kullback-Leibler divergence from the dense parent.
-        match: Weight of the difference from the dense parent's hidden states: the squared
-            difference after each layer over the square of the parent's, mean over layers and tokens.
+        match: Weight of the difference from the dense parent's hidden states: its square after
+            each layer over the square of the parent's, mean over layers and tokens.
         language: Weight of the language model loss on the text itself.
         active: Active FFN fraction to reach, in (0, 1]; 0 leaves the level to `sparse_coef` of the
             conversion, as the paper does.

@@ -37,5 +37,5 @@ def dense_teacher(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def ask_teacher(teacher: PreTrainedModel, *, hidden: bool, **inputs: Tensor) -> Any:
-    """Run the teacher: its `logits` [B, S, V] and, if wanted, its `hidden_states` of every layer."""
+    """Run the teacher: `logits` [B, S, V] and, if wanted, the `hidden_states` of every layer."""
     return teacher(**inputs, use_cache=False, output_hidden_states=hidden)

@@ -10,6 +10,7 @@ from moesaic.evaluation.bench import cell as cell_file
 from moesaic.evaluation.bench import ffn as ffn_file
 from moesaic.evaluation.bench import layer as layer_file
 from moesaic.evaluation.bench import peers
+from moesaic.evaluation.bench import roof as roof_file
 from moesaic.evaluation.bench.cell import Method, Methods, require_memory, time_cell
 from moesaic.evaluation.bench.ffn import (
     FfnCell,
@@ -18,10 +19,11 @@ from moesaic.evaluation.bench.ffn import (
     bench_ffn,
     ffn_cells,
     ffn_cost,
-    sparse_roof,
+    sparse_work,
 )
 from moesaic.evaluation.bench.layer import bench_layer
-from moesaic.evaluation.bench.roof import Roof, measure_roof
+from moesaic.evaluation.bench.roof import Limits, Probe, Roof
+from moesaic.evaluation.bench.timing import Timing
 
 ROOF = Roof(
     read_bytes_per_s=100.0,
@@ -48,26 +50,65 @@ def tiny(**values):
 
 @pytest.fixture(autouse=True)
 def _small_roof(monkeypatch):
-    monkeypatch.setattr(ffn_file, "measure_roof", lambda *args, **options: ROOF)
+    monkeypatch.setattr(roof_file, "_MATRIX", 64)
 
 
 def test_roof_by_hand():
     cell = FfnCell(dim=2, neurons=8, num_experts=4, num_active=2, num_tokens=3)
     # An expert has 3 * 2 * 2 = 12 numbers; 3 are touched, and 6 pairs do 2 FLOPs a number.
-    num_bytes, flops, seconds = sparse_roof(cell, Use(touched=3, pairs=6), "float32", ROOF)
-    assert (num_bytes, flops) == (3 * 12 * 4, 6 * 12 * 2)
-    assert seconds == pytest.approx(max(144 / 100, 144 / 1000))
-    # In bfloat16 half the bytes, and the better peak of the two.
-    assert sparse_roof(cell, Use(touched=3, pairs=6), "bfloat16", ROOF)[2] == pytest.approx(0.72)
-    assert ROOF.seconds(0, 2000, "bfloat16") == 2.0
+    use = Use(touched=3, pairs=6)
+    assert sparse_work(cell, use, "float32") == (3 * 12 * 4, 6 * 12 * 2)
+    assert sparse_work(cell, use, "bfloat16") == (3 * 12 * 2, 6 * 12 * 2)
+    # In bfloat16 the better peak of the two.
+    assert (ROOF.peak("float32"), ROOF.peak("bfloat16")) == (1000.0, 1000.0)
 
 
 def test_roof_is_measured():
-    roof = measure_roof(("bfloat16",), seconds=1e-3, buffer_bytes=1 << 20, matrix=64)
+    roof = Limits(("bfloat16",), seconds=1e-3, buffer_bytes=1 << 20).roof
     assert roof.buffer_bytes == 1 << 20
     assert set(roof.flops_per_s) == {"float32", "bfloat16"}
     rates = [roof.read_bytes_per_s, roof.copy_bytes_per_s, *roof.flops_per_s.values()]
     assert min(rates) > 0
+
+
+def test_probes_read_and_multiply_what_the_cell_must(monkeypatch):
+    limits = Limits(("float32",), seconds=1e-3, buffer_bytes=1 << 20)
+    monkeypatch.setattr(limits, "roof", ROOF)
+    read = []
+    monkeypatch.setattr(limits, "_read", lambda rows: read.append(rows.clone()))
+    # 10 rows of 4,096 numbers out of 64, each time others; arithmetic is a hundredth of that time.
+    limits._buffer.copy_(torch.arange(64.0)[:, None])
+    num_bytes = 10 * 4 * 4096
+    probes = limits.probes(num_bytes, num_bytes / 10, "float32")
+    assert set(probes) == {"reading"}
+    for _ in range(7):
+        probes["reading"].call()
+    assert [int(rows[0, 0]) for rows in read] == [0, 10, 20, 30, 40, 50, 0]
+    assert all(len(rows) == 10 for rows in read)
+    assert probes["reading"].times == 1.0
+    # More than there is: read all of it, several times over. A product of 16 x 64 by 64 x 64.
+    probes = limits.probes(2.5 * (1 << 20), 1e9, "float32")
+    assert probes["reading"].times == 2.5
+    assert probes["arithmetic"].times == pytest.approx(1e9 / (2 * 16 * 64 * 64))
+    assert probes["arithmetic"].call().shape == (16, 64)
+
+
+def test_the_limit_of_a_cell_is_the_slower_of_its_probes(monkeypatch):
+    seconds = {"ours": 6e-3, "the limit of reading": 1e-3, "the limit of arithmetic": 2e-3}
+
+    def measured(calls, **options):
+        return {
+            name: Timing(median_s=seconds[name], low_s=0.0, high_s=1.0, samples=1, calls=1)
+            for name in calls
+        }
+
+    monkeypatch.setattr(cell_file, "measure", measured)
+    one = torch.ones(1)
+    methods = Methods(running={"ours": Method([lambda: one], one)})
+    probes = {"reading": Probe(lambda: None, 2.5), "arithmetic": Probe(lambda: None, 1.0)}
+    roof_s, rows = time_cell(methods, "float32", seconds=1.0, probes=probes)
+    assert roof_s == 2.5e-3
+    assert [(row["method"], row["times_roof"]) for row in rows] == [("ours", pytest.approx(2.4))]
 
 
 def test_combinations_that_do_not_divide_are_left_out():
@@ -128,7 +169,7 @@ def test_not_a_number_is_wrong():
     expected = torch.ones(2)
     methods = Methods(running={"peer": Method([lambda: expected * torch.nan], expected)})
     with pytest.raises(RunError, match="peer differs"):
-        time_cell(methods, "float32", roof_s=1.0, seconds=0.01)
+        time_cell(methods, "float32", probes={}, seconds=0.01)
 
 
 def test_a_peer_too_large_says_so(monkeypatch):
@@ -142,7 +183,7 @@ def test_memory_is_checked_before_work(monkeypatch):
     require_memory(1, "nothing")
     with pytest.raises(InputError, match=r"needs about 1000000000\.0 GB of memory"):
         require_memory(1e18, "it")
-    monkeypatch.setattr(ffn_file, "measure_roof", lambda *args: pytest.fail("worked"))
+    monkeypatch.setattr(ffn_file, "Limits", lambda *args: pytest.fail("worked"))
     with pytest.raises(InputError, match="the largest combination needs"):
         bench_ffn(tiny(shape=("1048576x1048576",)))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moesaic._errors import InputError, RunError
-from moesaic.evaluation.bench.roof import Roof
+from moesaic.evaluation.bench.roof import Probe, Roof
 from moesaic.evaluation.bench.timing import in_turns, measure
 from moesaic.evaluation.machine import machine_info
 from moesaic.ops.cpu import library
@@ -95,28 +95,33 @@ def time_cell(
     dtype: str,
     *,
     seconds: float,
-    roof_s: float | None = None,
+    probes: Mapping[str, Probe] | None = None,
     tolerance: Mapping[str, float] = TOLERANCE,
-) -> list[dict[str, Any]]:
-    """Check the methods, then time them.
+) -> tuple[float, list[dict[str, Any]]]:
+    """Check the methods, then time them and what the machine could do at best, in turns.
 
     Args:
         methods: What runs and what does not.
         dtype: Of the weights.
         seconds: Budget for all methods together.
-        roof_s: Shortest time that the machine allows, where it is known.
+        probes: Of the physical limit, where it is known.
         tolerance: Largest difference to the reference, by how weights are stored.
 
     Returns:
-        A row per method, the skipped ones with their reason.
+        The shortest time that the machine allowed, in seconds (0 without probes), and a row per
+        method, the skipped ones with their reason.
 
     Raises:
         RunError: If a method is wrong; nothing is timed then.
     """
     differences = check(methods.running, dtype, tolerance)
     calls = {name: in_turns(method.calls) for name, method in methods.running.items()}
+    probes = {f"the limit of {name}": probe for name, probe in (probes or {}).items()}
+    limits = {name: probe.call for name, probe in probes.items()}
     # The check has warmed up every method.
-    times = measure(calls, seconds=seconds, warmup=1)
+    times = measure(calls | limits, seconds=seconds, warmup=1)
+    least = [times.pop(name).median_s * probe.times for name, probe in probes.items()]
+    roof_s = max(least, default=0.0)
     dense = times.get(DENSE)
     rows: list[dict[str, Any]] = [
         {
@@ -128,14 +133,14 @@ def time_cell(
             "calls_per_sample": timing.calls,
             "faster_than_dense": None if dense is None else dense.median_s / timing.median_s,
             "times_roof": None
-            if roof_s is None or methods.running[name].weights
+            if not roof_s or methods.running[name].weights
             else timing.median_s / roof_s,
             "difference": differences[name],
         }
         for name, timing in times.items()
     ]
     rows += [{"method": name, "skipped": why} for name, why in methods.skipped.items()]
-    return rows
+    return roof_s, rows
 
 
 def document(

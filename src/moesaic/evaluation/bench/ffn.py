@@ -29,7 +29,7 @@ from moesaic.evaluation.bench.cell import (
     use_threads,
 )
 from moesaic.evaluation.bench.ours import ExpertsCall, ours
-from moesaic.evaluation.bench.roof import BUFFER_BYTES, Roof, measure_roof
+from moesaic.evaluation.bench.roof import BUFFER_BYTES, Limits
 from moesaic.models.checkpoint import dtype_of
 from moesaic.nn.routers._base import linear_scores
 from moesaic.ops.reference import experts_reference
@@ -193,31 +193,28 @@ def run_cells(
     require_memory(cost["memory_bytes"], "the largest combination")
     use_threads(config.threads)
     with (progress or SILENT).stage(f"bench {kind}", len(cells) + 1, "cells") as stage:
-        roof = measure_roof(
-            (config.dtype,), seconds=config.seconds, buffer_bytes=config.roof_mb << 20
-        )
+        limits = Limits((config.dtype,), seconds=config.seconds, buffer_bytes=config.roof_mb << 20)
         stage.advance()
         results = []
         for cell in cells:
-            results.append(_run_cell(cell, config, roof, build))
+            results.append(_run_cell(cell, config, limits, build))
             stage.advance()
-    return document(kind, config, results, dtype=config.dtype, roof=roof)
+    return document(kind, config, results, dtype=config.dtype, roof=limits.roof)
 
 
-def sparse_roof(cell: FfnCell, use: Use, dtype: str, roof: Roof) -> tuple[float, float, float]:
-    """Bytes that must be read, FLOPs that must be done, and the seconds that takes."""
+def sparse_work(cell: FfnCell, use: Use, dtype: str) -> tuple[float, float]:
+    """Bytes that must be read and FLOPs that must be done."""
     expert = cell.weight_numbers / cell.num_experts
-    num_bytes = use.touched * expert * dtype_of(dtype).itemsize
-    flops = 2 * use.pairs * expert
-    return num_bytes, flops, roof.seconds(num_bytes, flops, dtype)
+    return use.touched * expert * dtype_of(dtype).itemsize, 2 * use.pairs * expert
 
 
-def _run_cell(cell: FfnCell, config: FfnConfig, roof: Roof, build: Build) -> dict[str, Any]:
+def _run_cell(cell: FfnCell, config: FfnConfig, limits: Limits, build: Build) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     with torch.inference_mode():
         methods, use = build(cell, config)
-        num_bytes, flops, roof_s = sparse_roof(cell, use, config.dtype, roof)
-        rows = time_cell(methods, config.dtype, roof_s=roof_s, seconds=config.seconds)
+        num_bytes, flops = sparse_work(cell, use, config.dtype)
+        probes = limits.probes(num_bytes, flops, config.dtype)
+        roof_s, rows = time_cell(methods, config.dtype, seconds=config.seconds, probes=probes)
     return {
         "shape": f"{cell.dim}x{cell.neurons}",
         "experts": cell.num_experts,
@@ -245,7 +242,8 @@ def _memory(cell: FfnCell, config: FfnConfig) -> float:
     one = cell.weight_numbers * dtype_of(config.dtype).itemsize
     activations = 4 * cell.num_tokens * (cell.num_active * cell.dim + 4 * cell.neurons)
     copies = 4 * num_copies(cell, config) * one
-    return max(copies + 8 * cell.weight_numbers + 2 * activations, 2 * (config.roof_mb << 20))
+    roof = config.roof_mb << 20
+    return max(copies + 8 * cell.weight_numbers + 2 * activations + roof, 2 * roof)
 
 
 def _methods(cell: FfnCell, config: FfnConfig) -> tuple[Methods, Use]:

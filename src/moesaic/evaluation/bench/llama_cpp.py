@@ -40,31 +40,31 @@ _SECONDS = 600
 
 
 def around(
-    time: Callable[[], Rows],
+    time: Callable[[], tuple[float, Rows]],
     model: PreTrainedModel,
     dtype: str,
     *,
     prompt_tokens: int,
     new_tokens: int,
-    roof_s: float,
-) -> Rows:
+) -> tuple[float, Rows]:
     """Time llama.cpp before and after the other methods.
 
     Args:
-        time: Times the others and gives their rows.
+        time: Times the others; gives the shortest time that the machine allows, and their rows.
         model: The dense model.
         dtype: Of its weights.
         prompt_tokens: Length of the prompt.
         new_tokens: Tokens decoded after it; 0 to read the prompt alone.
-        roof_s: Shortest time that the machine allows.
 
     Returns:
-        The rows of the others, then one for each kind of weights or the reason why there is none.
+        That time, and the rows of the others, then one for each kind of weights or the reason why
+        there is none.
     """
     names = [f"llama.cpp {weights}" for weights in _FORMATS[dtype]]
     program = find()
     if why := why_not(program, model, dtype):
-        return time() + [{"method": name, "skipped": why} for name in names]
+        roof_s, rows = time()
+        return roof_s, rows + [{"method": name, "skipped": why} for name in names]
     assert program is not None
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder, f"{name}.gguf") for name in names}
@@ -76,7 +76,7 @@ def around(
                 name: _try(program, file, prompt_tokens, new_tokens) for name, file in files.items()
             }
 
-        before, rows, after = run(), time(), run()
+        before, (roof_s, rows), after = run(), time(), run()
     dense_ms = next(row["median_ms"] for row in rows if row["method"] == DENSE)
     for name, weights in zip(names, _FORMATS[dtype], strict=True):
         row = _row(before[name], after[name])
@@ -85,7 +85,7 @@ def around(
             # The roof is that of the dtype.
             row["times_roof"] = None if weights == "Q8_0" else 1e-3 * row["median_ms"] / roof_s
         rows.append({"method": name, **row})
-    return rows
+    return roof_s, rows
 
 
 def _row(before: list[float] | str, after: list[float] | str) -> dict[str, Any]:

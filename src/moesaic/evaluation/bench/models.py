@@ -33,7 +33,7 @@ from moesaic.evaluation.bench.cell import (
     use_threads,
 )
 from moesaic.evaluation.bench.ours import our_engine, why_no_engine
-from moesaic.evaluation.bench.roof import BUFFER_BYTES, Roof, measure_roof
+from moesaic.evaluation.bench.roof import BUFFER_BYTES, Limits
 from moesaic.evaluation.cost import model_cost
 from moesaic.inference.engine import Engine
 from moesaic.models.architectures import architecture_of
@@ -141,7 +141,7 @@ def model_bench_cost(config: ModelConfig) -> dict[str, float]:
     return {
         "cells": 1,
         "seconds": 2.0 * config.seconds + 4.0,
-        "memory_bytes": max(needed, 2 * (config.roof_mb << 20)),
+        "memory_bytes": max(needed + (config.roof_mb << 20), 2 * (config.roof_mb << 20)),
     }
 
 
@@ -178,26 +178,25 @@ def _run(
         mosaic = make_mosaic(dense, config.experts, round(config.active * config.experts))
         ids_BS = torch.randint(0, dense.config.vocab_size, (1, prompt_tokens))
         stage.advance()
-        roof = measure_roof(
+        limits = Limits(
             (config.dtype,), seconds=min(2.0, config.seconds), buffer_bytes=config.roof_mb << 20
         )
         stage.advance()
         with torch.inference_mode():
             methods = _methods(dense, mosaic, ids_BS, new_tokens)
-            num_bytes, flops, roof_s = model_roof(mosaic, config, prompt_tokens, new_tokens, roof)
-            rows = llama_cpp.around(
+            num_bytes, flops = model_work(mosaic, config, prompt_tokens, new_tokens)
+            roof_s, rows = llama_cpp.around(
                 lambda: time_cell(
                     methods,
                     config.dtype,
-                    roof_s=roof_s,
                     seconds=config.seconds,
+                    probes=limits.probes(num_bytes, flops, config.dtype),
                     tolerance=MODEL_TOLERANCE,
                 ),
                 dense,
                 config.dtype,
                 prompt_tokens=prompt_tokens,
                 new_tokens=new_tokens,
-                roof_s=roof_s,
             )
         stage.advance()
     for row in rows:
@@ -214,7 +213,7 @@ def _run(
         "roof_ms": 1e3 * roof_s,
         "rows": rows,
     }
-    return document(kind, config, [cell], dtype=config.dtype, roof=roof)
+    return document(kind, config, [cell], dtype=config.dtype, roof=limits.roof)
 
 
 def _dense(config: ModelConfig) -> PreTrainedModel:
@@ -271,10 +270,10 @@ def make_mosaic(dense: PreTrainedModel, num_experts: int, num_active: int) -> Pr
     return model
 
 
-def model_roof(
-    mosaic: PreTrainedModel, config: ModelConfig, prompt_tokens: int, new_tokens: int, roof: Roof
-) -> tuple[float, float, float]:
-    """Bytes, FLOPs and seconds of the decoded tokens, or of the prompt where there are none.
+def model_work(
+    mosaic: PreTrainedModel, config: ModelConfig, prompt_tokens: int, new_tokens: int
+) -> tuple[float, float]:
+    """Bytes and FLOPs of the decoded tokens, or of the prompt where there are none.
 
     The active weights are read once per decoded token or once for the prompt; of the table of
     embeddings, unless it is the head too, only rows are read. Attention scores and the cache are
@@ -286,11 +285,9 @@ def model_roof(
     unread = 0 if head.weight is table.weight else table.weight.numel()
     num_bytes = (cost.active_parameters - unread) * dtype_of(config.dtype).itemsize
     if new_tokens:
-        seconds = new_tokens * roof.seconds(num_bytes, cost.flops_per_token, config.dtype)
-        return new_tokens * num_bytes, new_tokens * cost.flops_per_token, seconds
+        return new_tokens * num_bytes, new_tokens * cost.flops_per_token
     head_flops = 2 * head.weight.numel()
-    flops = prompt_tokens * (cost.flops_per_token - head_flops) + head_flops
-    return num_bytes, flops, roof.seconds(num_bytes, flops, config.dtype)
+    return num_bytes, prompt_tokens * (cost.flops_per_token - head_flops) + head_flops
 
 
 def _methods(

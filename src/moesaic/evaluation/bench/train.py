@@ -151,7 +151,7 @@ def bench_train(config: TrainBenchConfig, progress: Progress | None = None) -> d
     ) as stage:
         models = {name: _build(name, config) for name in names}
         active = {name: _active(models[name], config) for name in names}
-        rows = time_cell(_methods(models, config), _DTYPE, seconds=config.seconds)
+        _, rows = time_cell(_methods(models, config), _DTYPE, seconds=config.seconds)
         models.clear()
         stage.advance()
         for row in rows:
