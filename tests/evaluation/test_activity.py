@@ -53,7 +53,8 @@ def test_whole_experts_are_counted_exactly(blocks, shared):
 
 
 def test_neurons_are_counted_exactly(blocks):
-    activation = evaluate_perplexity(convert(dense_model(), experts=0, shared=18), blocks).activation
+    model = convert(dense_model(), experts=0, shared=18)
+    activation = evaluate_perplexity(model, blocks).activation
     assert activation.mean_per_layer() == [18 / 24] * LAYERS
     assert activation.mean() == 0.75
 

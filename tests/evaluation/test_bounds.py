@@ -66,7 +66,7 @@ def test_the_best_neurons_of_each_token_are_kept(model_type, by, blocks):
         else:
             score_TF = whole_TF.abs() * ffn.down_DF.norm(dim=0)
         # round(0.3 * 24) = 7 of 24.
-        order_TF = score_TF.argsort(1, descending=True, stable=True)
+        order_TF = score_TF.argsort(dim=1, descending=True, stable=True)
         want_TF = whole_TF.clone().scatter_(1, order_TF[:, 7:], 0.0)
         different_T = ~torch.isclose(a_TF, want_TF, atol=1e-5).all(1)
         # Of neurons that score alike, either may stay: a rectifier's zeros do.

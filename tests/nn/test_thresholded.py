@@ -19,7 +19,7 @@ each_kind = pytest.mark.parametrize("name", KINDS)
 each_bias = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 
 
-def make(name, *, bias=False, num_experts=E, thresholds=(0.5, 0.02)):
+def make(name, *, bias=False, num_experts=E, thresholds=(0.5, 0.1)):
     experts = EXPERTS.load(name)(D, num_experts, F, ExpertsConfig(bias=bias))
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():

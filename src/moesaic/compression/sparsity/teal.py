@@ -186,7 +186,7 @@ class Magnitudes:
     def __init__(self, pieces: Iterable[Tensor]) -> None:
         self.counts = torch.zeros(_MAGNITUDES, dtype=torch.int64)
         for piece in pieces:
-            bits = piece.abs().to(torch.bfloat16).view(torch.int16).flatten()
+            bits = piece.to(torch.bfloat16).view(torch.int16).flatten() & (_MAGNITUDES - 1)
             self.counts += torch.bincount(bits.to(torch.int64), minlength=_MAGNITUDES).cpu()
         self.below = self.counts.cumsum(0)
 

@@ -1,9 +1,8 @@
 """Experts that leave out what is small: inputs and neurons under a threshold count as zero.
 
 Source: TEAL, arXiv 2408.14690: x -> x * 1[|x| > t], one threshold for each tensor that a matrix
-reads. Here gate and up share their input and its threshold. Where the thresholds come from is
-`moesaic.compression.sparsity.teal`'s business; at zero, where they start, these are ordinary
-experts.
+reads. Here gate and up share their input and its threshold. The compression `teal` sets the
+thresholds; at zero, where they start, these are ordinary experts.
 
 A column of gate, up or down whose input is zero need not be read: that is what it saves. Torch's
 dense products read it all the same.
