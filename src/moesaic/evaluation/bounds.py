@@ -171,7 +171,8 @@ class _NeuronKeeper:
             return a_CF.float().abs() * self.length_F
         assert self.ffn.gate_FD is not None
         gate_CF = nnf.linear(h_CD, self.ffn.gate_FD, self.ffn.gate_bias_F)
-        return activation(self.ffn.activation)(gate_CF).float().abs()
+        score_CF: Tensor = activation(self.ffn.activation)(gate_CF).float().abs()
+        return score_CF
 
 
 def _best_blocks(experts: Experts, num_kept: int, by: BlockScore) -> Callable[..., Routing]:
