@@ -36,6 +36,7 @@ def model(name, kind, ratio, active, rates, bases, rng):
             "active_ffn_fraction": active,
             "active_parameters": int(54_894_528 + 79_626_240 * active),
             "total_parameters": 134_515_008 if kind != "dsmoe" else 137_280_000,
+            "router_parameters": 2_764_800 if kind == "dsmoe" else 0,
             "flops_per_token": int(2 * (54_894_528 + 79_626_240 * active)),
             "bytes": 538_060_032 if kind != "static-pruning" else 442_112_000,
         },

@@ -89,13 +89,14 @@ def test_main_table_holds_every_number(record, page):
             quality["ratio"],
             cost["active_ffn_fraction"],
             cost["active_parameters"],
+            cost["router_parameters"],
             cost["flops_per_token"],
             cost["bytes"],
             speed["prefill_tokens_per_s"]["median"],
             speed["decode_tokens_per_s"]["median"],
         ]
     assert "1.18-1.25" in rows[2][4]["text"]
-    assert "1.35x dense" in rows[2][10]["text"]
+    assert "1.35x dense" in rows[2][11]["text"]
 
 
 def test_curve_table_holds_every_point(record, page):

@@ -25,6 +25,7 @@ def test_rows_are_the_models_as_text():
     assert rows[2]["ratio to dense"] == "1.21x (1.18-1.25)"
     assert rows[2]["active FFN"] == "63.8%"
     assert rows[2]["active parameters"] == "106M of 137M"
+    assert rows[2]["router parameters"] == "2.76M"
     assert rows[2]["bytes"] == "538 MB"
     assert rows[2]["decode tokens/s"] == "51.7 (1.35x)"
     assert rows[0]["ratio to dense"] == "1.00x"
@@ -40,6 +41,16 @@ def test_numbers_nobody_measured_are_dashes_and_empty_columns_are_gone():
     assert rows[1]["decode tokens/s"] == "-"
     assert rows[1]["perplexity docs"] == "-"
     assert "FLOPs per token" not in rows[0]
+
+
+def test_a_record_from_before_routers_were_counted_reads_as_it_did():
+    record = make_record()
+    now = summary_rows(record)
+    for model in record["models"]:
+        del model["cost"]["router_parameters"]
+    for row, old in zip(now, summary_rows(record), strict=True):
+        assert row.pop("router parameters") in ("0", "2.76M")
+        assert old == row
 
 
 def test_three_models_fit_a_terminal_of_80_columns():

@@ -7,7 +7,7 @@ from moesaic._errors import InputError
 from moesaic.evaluation import model_cost
 from moesaic.evaluation.activity import ActivityMeter, dense_ffn_width
 from moesaic.models.architectures import ARCHITECTURES
-from moesaic.nn.layer import moe_layers, record_routing
+from moesaic.nn.layer import moe_layers
 
 TOKENS = 19
 
@@ -26,7 +26,8 @@ def run(model, attention="eager"):
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops}
     )
-    with torch.no_grad(), record_routing(model) as routings, counter:
+    meter = ActivityMeter(model, dense_ffn_width(model.config))
+    with torch.no_grad(), meter.reading("docs", TOKENS), counter:
         model(input_ids=ids, use_cache=False)
     by_module = counter.get_flop_counts()
     # Some versions make the rotary angles by a product; it does not grow with the model.
@@ -35,8 +36,6 @@ def run(model, attention="eager"):
     )
     # Eager attention is the only other batched product of these models.
     scores = sum(v for k, v in by_module["Global"].items() if "bmm" in str(k)) - angles
-    meter = ActivityMeter(model, dense_ffn_width(model.config))
-    meter.add("docs", TOKENS, routings)
     return counter.get_total_flops() - angles, scores, meter.result()
 
 
@@ -104,6 +103,7 @@ def test_routed_cost_is_linear_between_none_and_all():
     ffn = LAYERS * 3 * 16 * 24
     assert full.total_parameters == full.active_parameters == dense.total_parameters + routers
     assert full.flops_per_token == dense.flops_per_token + 2 * routers
+    assert (dense.router_parameters, full.router_parameters) == (0, routers)
     assert none.active_parameters == full.active_parameters - ffn
     assert none.flops_per_token == full.flops_per_token - 2 * ffn
     assert half.active_parameters == full.active_parameters - ffn // 2

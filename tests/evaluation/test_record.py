@@ -62,6 +62,7 @@ def test_record_is_complete(record):
         assert {
             "active_ffn_fraction",
             "active_parameters",
+            "router_parameters",
             "total_parameters",
             "flops_per_token",
             "bytes",

@@ -315,3 +315,17 @@ def test_packed_experts_serve_models_that_stay_in_transformers(monkeypatch):
 def test_a_dense_model_has_no_experts_to_pack():
     with pytest.raises(InputError, match="has no experts to pack; convert it first"):
         pack_experts(dense_model(LLAMA))
+
+
+@pytest.mark.parametrize("thresholds", [(0.0, 0.0), (0.5, 0.1)], ids=str)
+def test_experts_that_do_more_than_their_weights_say_are_refused(thresholds):
+    options = {"num_experts": 0, "shared_width": 48, "router": "", "width": 0}
+    model = converted(LLAMA, experts="thresholded-gated", **options)
+    for layer in moe_layers(model):
+        layer.shared.set_thresholds(*thresholds)
+    message = r"layer 0 has experts of the kind 'thresholded-gated', which have no native code; "
+    for weight_format in ("float32", "int8"):
+        with pytest.raises(InputError, match=message + "generate with transformers"):
+            Engine(model, weight_format=weight_format, length=64)
+    with pytest.raises(InputError, match=r"activation 'of its own' has no native code; gelu"):
+        pack_experts(model)

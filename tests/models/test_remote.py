@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 import moesaic
 from moesaic.models.remote import write_code
 from moesaic.nn.experts._table import EXPERTS
+from moesaic.nn.experts.thresholded import Thresholded
+from moesaic.nn.layer import moe_layers
 from moesaic.nn.losses._table import LOSSES
 from moesaic.nn.routers._table import ROUTERS
 
@@ -22,7 +24,7 @@ PACKAGE = Path(moesaic.__file__).parent
 CASES = [
     (Case("llama", {}), {"router": "sigmoid-threshold"}),
     (Case("gpt2", {}), {"router": "topk-softmax", "router_options": {"top_k": 2}}),
-    (Case("gemma3_text", {}), {"router": "top-p"}),
+    (Case("gemma3_text", {}), {"router": "top-p", "experts": "thresholded-gated"}),
 ]
 LOSSES_USED = {"sparsity": {"coef": 0.5}, "z-loss": {"coef": 0.1}}
 
@@ -73,6 +75,9 @@ def elsewhere(tmp_path_factory):
     models = {}
     for case, options in CASES:
         model = converted(case, losses=LOSSES_USED, **options)
+        for layer in moe_layers(model):
+            if isinstance(layer.experts, Thresholded):
+                layer.experts.set_thresholds(0.3, 0.1)
         model.save_pretrained(root / case.model_type)
         models[case.model_type] = model
     run = subprocess.run(

@@ -130,3 +130,31 @@ def test_reset_draws_small_weights_and_no_biases(name):
 def test_unknown_activation_names_the_closest(name):
     with pytest.raises(ValueError, match=r"activation 'gelo' is unknown; did you mean gelu"):
         make(name, activation="gelo")
+
+
+@each_kind
+def test_use_is_a_share_for_each_token(name):
+    experts = make(name)
+    used_T = experts.used_T(tokens(63, dtype=torch.float64))
+    assert used_T.shape == (63,)
+    assert used_T.dtype == torch.float64
+    # Nobody pruned these, and thresholds start at zero.
+    assert used_T.tolist() == [1.0] * 63
+
+
+@pytest.mark.parametrize("name", ["gated", "plain"])
+def test_zero_weights_are_not_used(name):
+    experts = make(name)
+    weights = experts.weights()
+    total = weights.up.numel() + weights.down.numel()
+    assert experts.used_share() == 1.0
+    with torch.no_grad():
+        # Up to a hundredth of zeros is chance.
+        weights.up.flatten()[: total // 100] = 0.0
+        assert experts.used_share() == 1.0
+        weights.up.flatten()[: total // 100 + 1] = 0.0
+        assert experts.used_share() == (total - total // 100 - 1) / total
+        weights.down[:, :, ::2] = 0.0
+    left = int(weights.up.count_nonzero()) + E * D * (F // 2)
+    assert experts.used_share() == left / total
+    assert experts.used_T(tokens(3, dtype=torch.float64)).tolist() == [left / total] * 3

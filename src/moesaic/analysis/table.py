@@ -59,6 +59,7 @@ def main_table(record: Mapping[str, Any]) -> tuple[list[Column], list[Row]]:
         Column(key="ratio to dense", title="Perplexity ratio to dense"),
         Column(key="active FFN", title="Active FFN"),
         Column(key="active parameters", title="Active parameters"),
+        Column(key="router parameters", title="Router parameters"),
         Column(key="FLOPs per token", title="FLOPs per token"),
         Column(key="bytes", title="Bytes"),
         Column(key="prefill tokens/s", title="Prefill tokens/s"),
@@ -100,6 +101,7 @@ def _cells(
     if active.value is not None and total is not None:
         active = active._replace(beside=f"of {_format.scaled(total)}")
     cells["active parameters"] = active
+    cells["router parameters"] = _plain(cost, "router_parameters", _format.scaled)
     cells["FLOPs per token"] = _plain(cost, "flops_per_token", _format.scaled)
     cells["bytes"] = _plain(cost, "bytes", _format.byte_size)
     for key, where in (("speed", ""), ("engine_speed", "engine ")):

@@ -14,5 +14,12 @@ COMPRESSIONS = MethodTable(
             summary="FFN neurons that vary least removed; a bias keeps their mean contribution",
             paper="FLAP, arXiv 2312.11983",
         ),
+        MethodInfo(
+            name="teal",
+            target="moesaic.compression.sparsity.teal:sparsify_teal",
+            config="moesaic.compression.sparsity.teal:TEAL",
+            summary="FFN inputs and neurons of small magnitude left out, token by token",
+            paper="TEAL, arXiv 2408.14690",
+        ),
     ],
 )

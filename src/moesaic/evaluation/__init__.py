@@ -1,6 +1,7 @@
 """Measuring models beside their dense parent: quality, cost, speed, and what they write."""
 
 from moesaic.evaluation.activity import Activation
+from moesaic.evaluation.bounds import block_bound, neuron_bound
 from moesaic.evaluation.cost import Cost, model_cost
 from moesaic.evaluation.curve import threshold_at, threshold_curve
 from moesaic.evaluation.intervals import DomainQuality, Estimate, perplexity_ratio
@@ -28,6 +29,7 @@ __all__ = [
     "Subject",
     "TaskAccuracy",
     "TasksConfig",
+    "block_bound",
     "check_tasks",
     "choose_blocks",
     "evaluate",
@@ -37,6 +39,7 @@ __all__ = [
     "machine_info",
     "measure_speed",
     "model_cost",
+    "neuron_bound",
     "perplexity_ratio",
     "threshold_at",
     "threshold_curve",

@@ -1,17 +1,22 @@
 """How much of its feed-forward networks a model uses: per layer, per expert, per domain, per token.
 
-Active neurons are those of the experts a token uses plus the shared ones; the fraction is of the
-width of the dense parent's network, so that a cut model, a pruned one and their parent compare.
-The parameters of routers are no neurons: they count in active parameters and FLOPs
-(`moesaic.evaluation.cost`), not here.
+The active fraction is the weights of the feed-forward networks that a token uses over those of
+the dense parent's, so that cut models, pruned ones, thresholded ones and their parent compare. A
+neuron's weights are alike, so of a model that switches whole experts it is the active neurons over
+the dense ones; of an always-on part it is what that part itself says (`Experts.used_T`): all of an
+ordinary one, the weights that are not zero of a statically pruned one, those whose input is large
+of a thresholded one. The parameters of routers are no weights of the networks: they count in
+active parameters and FLOPs (`moesaic.evaluation.cost`), not here.
 
 Shapes: T tokens, E experts of one layer, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from moesaic.nn.experts._base import Experts
 from moesaic.nn.layer import MoELayer, moe_layers
 from moesaic.nn.routing import Routing
 
@@ -53,15 +59,19 @@ class LayerShape:
     shared_width: int
     dense_width: int
 
-    def fraction(self, active_experts: float) -> float:
-        """Active neurons over dense ones when so many experts are on."""
-        return (self.shared_width + active_experts * self.width) / self.dense_width
+    def fraction(self, active_experts: float, shared: float = 1.0) -> float:
+        """Weights in use over dense ones.
 
-    def active_experts(self, fraction: float) -> float:
-        """Experts that are on at an active fraction; the inverse of `fraction`."""
-        if not self.num_experts:
-            return 0.0
-        return (fraction * self.dense_width - self.shared_width) / self.width
+        Args:
+            active_experts: Experts that are on.
+            shared: Share of the always-on part's weights in use.
+        """
+        return (self.shared_width * shared + active_experts * self.width) / self.dense_width
+
+    def unused(self, fraction: float) -> float:
+        """Neurons' worth of this layer's weights that are not in use at an active fraction."""
+        width = self.shared_width + self.num_experts * self.width
+        return width - fraction * self.dense_width
 
 
 def layer_shapes(model: nn.Module, dense_width: int) -> list[LayerShape]:
@@ -79,40 +89,87 @@ def _shape(layer: MoELayer, dense_width: int) -> LayerShape:
     )
 
 
-def token_fractions(model: nn.Module, routings: Sequence[Routing], dense_width: int) -> Tensor:
+@dataclass(slots=True)
+class LayerUse:
+    """What the tokens of one forward used of a layer.
+
+    Attributes:
+        routing: Of its router; none in a layer without.
+        shared_T: Share of the always-on part's weights that each token used, [T] float64; none in
+            a layer without such a part.
+    """
+
+    routing: Routing | None = None
+    shared_T: Tensor | None = None
+
+
+@contextmanager
+def record_use(model: nn.Module) -> Iterator[list[LayerUse]]:
+    """Collect what one forward uses of every MoE layer, first to last, while the block lasts.
+
+    An always-on part is asked with its own input; where that depends on the token, it computes its
+    neurons a second time.
+    """
+    layers = moe_layers(model)
+    uses = [LayerUse() for _ in layers]
+    handles = []
+    for layer, use in zip(layers, uses, strict=True):
+        if layer.router is not None:
+            handles.append(layer.router.register_forward_hook(partial(_keep_routing, use)))
+        if layer.shared is not None:
+            handles.append(layer.shared.register_forward_hook(partial(_keep_share, use)))
+    try:
+        yield uses
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep_routing(use: LayerUse, module: nn.Module, args: object, routing: Routing) -> None:
+    use.routing = routing
+
+
+def _keep_share(use: LayerUse, module: Experts, args: tuple[Tensor, ...], out: Tensor) -> None:
+    use.shared_T = module.used_T(args[0])
+
+
+def token_fractions(model: nn.Module, uses: Sequence[LayerUse], dense_width: int) -> Tensor:
     """Active fraction of each token, the mean over layers, [T] float64.
 
     Args:
-        model: A model with at least one routed layer.
-        routings: What `record_routing` collected in one forward of it.
+        model: A model with MoE layers.
+        uses: What `record_use` collected in one forward of it.
         dense_width: Neurons of the dense parent's network.
     """
-    remaining = iter(routings)
-    total_T: Tensor | float = 0.0
     shapes = layer_shapes(model, dense_width)
-    for shape in shapes:
-        if shape.num_experts:
-            active_T = next(remaining).active_T().double()
-            total_T = total_T + (shape.shared_width + active_T * shape.width) / shape.dense_width
-        else:
-            total_T = total_T + shape.fraction(0)
+    total_T: Tensor | float = 0.0
+    for shape, use in zip(shapes, uses, strict=True):
+        neurons_T: Tensor | float = 0.0
+        if use.shared_T is not None:
+            neurons_T = neurons_T + use.shared_T * shape.shared_width
+        if use.routing is not None:
+            neurons_T = neurons_T + use.routing.active_T().double() * shape.width
+        total_T = total_T + neurons_T / shape.dense_width
     assert isinstance(total_T, Tensor)
     return total_T / len(shapes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activation:
-    """How often each expert was on while text was read.
+    """How often each expert was on, and how much of what is always on, while text was read.
 
     Attributes:
         shapes: One per MoE layer.
         tokens: Tokens read, by domain.
         counts: Tokens for which each expert was on, by domain: per layer an [E] int64.
+        shared: Sum over tokens of the share of the always-on part's weights that they used, by
+            domain: one per layer, 0 without such a part.
     """
 
     shapes: tuple[LayerShape, ...]
     tokens: Mapping[str, int]
     counts: Mapping[str, tuple[NDArray[np.int64], ...]]
+    shared: Mapping[str, tuple[float, ...]]
 
     def experts_per_layer(self) -> list[list[float]]:
         """Share of all tokens for which each expert was on, by layer."""
@@ -127,7 +184,10 @@ class Activation:
         domains = list(self.tokens) if domain is None else [domain]
         total = sum(self.tokens[name] for name in domains)
         return [
-            shape.fraction(sum(int(self.counts[name][i].sum()) for name in domains) / total)
+            shape.fraction(
+                sum(int(self.counts[name][i].sum()) for name in domains) / total,
+                sum(self.shared[name][i] for name in domains) / total,
+            )
             for i, shape in enumerate(self.shapes)
         ]
 
@@ -145,31 +205,43 @@ class Activation:
 
 
 class ActivityMeter:
-    """Counts active experts batch by batch, so that text is read once for quality and activity.
+    """Measures use batch by batch, so that text is read once for quality and activity.
 
     Args:
-        model: Dense or converted; a dense one has nothing to count.
+        model: Dense or converted; a dense one has nothing to measure.
         dense_width: Neurons of the dense parent's network.
     """
 
     def __init__(self, model: nn.Module, dense_width: int) -> None:
+        self._model = model
         self._shapes = tuple(layer_shapes(model, dense_width))
         self._tokens: dict[str, int] = {}
         self._counts: dict[str, list[NDArray[np.int64]]] = {}
+        self._shared: dict[str, list[float]] = {}
 
-    def add(self, domain: str, num_tokens: int, routings: Sequence[Routing]) -> None:
-        """Count one forward of `num_tokens` tokens of a domain."""
+    @contextmanager
+    def reading(self, domain: str, num_tokens: int) -> Iterator[None]:
+        """Count the one forward of `num_tokens` tokens of a domain that the block makes."""
+        with record_use(self._model) as uses:
+            yield
         if domain not in self._counts:
             self._tokens[domain] = 0
             self._counts[domain] = [np.zeros(s.num_experts, np.int64) for s in self._shapes]
+            self._shared[domain] = [0.0 for _ in self._shapes]
         self._tokens[domain] += num_tokens
-        routed = [i for i, shape in enumerate(self._shapes) if shape.num_experts]
-        for i, routing in zip(routed, routings, strict=True):
-            self._counts[domain][i] += routing.counts_E().to("cpu", torch.int64).numpy()
+        for i, use in enumerate(uses):
+            if use.routing is not None:
+                self._counts[domain][i] += use.routing.counts_E().to("cpu", torch.int64).numpy()
+            if use.shared_T is not None:
+                self._shared[domain][i] += float(use.shared_T.sum())
 
     def result(self) -> Activation | None:
-        """What was counted; nothing for a dense model."""
+        """What was measured; nothing for a dense model."""
         if not self._shapes:
             return None
-        counts = {name: tuple(layers) for name, layers in self._counts.items()}
-        return Activation(shapes=self._shapes, tokens=dict(self._tokens), counts=counts)
+        return Activation(
+            shapes=self._shapes,
+            tokens=dict(self._tokens),
+            counts={name: tuple(layers) for name, layers in self._counts.items()},
+            shared={name: tuple(layers) for name, layers in self._shared.items()},
+        )

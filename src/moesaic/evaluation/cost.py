@@ -1,7 +1,7 @@
 """What a model costs: parameters, bytes, and the arithmetic of one token.
 
-Counted from the modules themselves, so one function serves dense, pruned and routed models of
-every architecture; a test holds it to the multiply-adds of a real forward.
+Counted from the modules themselves, so one function serves dense, pruned, thresholded and routed
+models of every architecture; a test holds it to the multiply-adds of a real forward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from moesaic._errors import InputError
 from moesaic.evaluation.activity import LayerShape, dense_ffn_width, layer_shapes
 from moesaic.nn.experts._base import Experts
-from moesaic.nn.layer import moe_layers
+from moesaic.nn.layer import MoELayer, moe_layers
 
 _ROUNDING = 1e-6
 
@@ -30,13 +30,16 @@ class Cost:
     Attributes:
         total_parameters: A tied matrix counts once.
         bytes: Of the parameters, in the dtype they have in memory.
-        active_ffn_fraction: Active neurons of the feed-forward networks over those of the dense
-            parent, mean over layers; shared neurons are active, routers are no neurons.
+        active_ffn_fraction: Weights of the feed-forward networks that a token uses over those of
+            the dense parent, mean over layers; those of routers are not among them.
         active_parameters: What one token uses: everything, embeddings and routers too, but the
-            experts that are off.
+            experts that are off and the weights that are zero or multiplied by zero.
+        router_parameters: All parameters of the routers, which every token uses.
         flops_per_token: Two per active weight of a matrix product, head and routers included,
             embedding look-up and attention scores not. These are the FLOPs of the chosen experts;
-            a path that computes others too (see `moesaic.ops.select`) does more.
+            a path that computes others too (see `moesaic.ops.select`) does more. Zeros of static
+            pruning and of thresholds are taken as skipped, as a sparse kernel would; dense
+            kernels multiply them all the same.
         attention_flops_per_token: Scores and weighted sum of one token over `context` positions.
         context: The context length that this is for.
     """
@@ -45,6 +48,7 @@ class Cost:
     bytes: int
     active_ffn_fraction: float
     active_parameters: int
+    router_parameters: int
     flops_per_token: int
     attention_flops_per_token: int
     context: int
@@ -65,52 +69,64 @@ def model_cost(
 
     Args:
         model: Dense or converted.
-        active_per_layer: Measured active fraction of every MoE layer, shared neurons included
-            (`Activation.mean_per_layer`); none for a model without routers.
+        active_per_layer: Measured active fraction of every MoE layer, the always-on part included
+            (`Activation.mean_per_layer`); none for a model whose tokens all use the same weights.
         context: Positions that a token attends to.
         dense_width: Neurons of the dense parent's network; that of the model's config if none.
 
     Raises:
         InputError: If the fractions do not fit the layers.
     """
+    layers = moe_layers(model)
     shapes = layer_shapes(model, dense_width or dense_ffn_width(model.config))
-    fractions = _fractions(shapes, active_per_layer)
+    fractions = _fractions(layers, shapes, active_per_layer)
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
     matrices = _matrices(model)
     off_parameters = off_matrices = 0.0
-    for layer, shape, fraction in zip(moe_layers(model), shapes, fractions, strict=True):
-        if layer.experts is not None:
-            off = shape.num_experts - shape.active_experts(fraction)
-            off_parameters += off * _expert(layer.experts, biases=True)
-            off_matrices += off * _expert(layer.experts, biases=False)
+    for layer, shape, fraction in zip(layers, shapes, fractions, strict=True):
+        part = layer.shared if layer.experts is None else layer.experts
+        if part is not None:
+            off = shape.unused(fraction) / part.width
+            # Whole experts go with their biases, single weights do not.
+            off_parameters += off * _expert(part, biases=layer.experts is not None)
+            off_matrices += off * _expert(part, biases=False)
+    routers = [layer.router for layer in layers if layer.router is not None]
     return Cost(
         total_parameters=total,
         bytes=sum(p.numel() * p.element_size() for p in parameters),
         active_ffn_fraction=float(np.mean(fractions)) if fractions else 1.0,
         active_parameters=round(total - off_parameters),
+        router_parameters=sum(p.numel() for router in routers for p in router.parameters()),
         flops_per_token=round(2 * (matrices - off_matrices)),
         attention_flops_per_token=_attention_flops(model.config, context),
         context=context,
     )
 
 
-def _fractions(shapes: list[LayerShape], given: Sequence[float] | None) -> list[float]:
+def _fractions(
+    layers: list[MoELayer], shapes: list[LayerShape], given: Sequence[float] | None
+) -> list[float]:
     """Check the measured fractions, or take the only possible ones."""
+    shares = [1.0 if layer.shared is None else layer.shared.used_share() for layer in layers]
     if given is None:
-        if any(shape.num_experts for shape in shapes):
-            raise InputError(
-                "the cost of a routed model needs active_per_layer, measured on text; "
-                "evaluate its perplexity first"
-            )
-        return [shape.fraction(0) for shape in shapes]
+        fractions = []
+        for shape, share in zip(shapes, shares, strict=True):
+            if shape.num_experts or share is None:
+                raise InputError(
+                    "the cost of a model whose tokens use different weights needs "
+                    "active_per_layer, measured on text; evaluate its perplexity first"
+                )
+            fractions.append(shape.fraction(0, share))
+        return fractions
     if len(given) != len(shapes):
         raise InputError(
             f"active_per_layer must hold one fraction for each of the {len(shapes)} MoE layers, "
             f"got {len(given)}; pass what the perplexity of this model measured"
         )
-    for index, (value, shape) in enumerate(zip(given, shapes, strict=True)):
-        low, high = shape.fraction(0), shape.fraction(shape.num_experts)
+    for index, (value, shape, share) in enumerate(zip(given, shapes, shares, strict=True)):
+        low = shape.fraction(0, 0.0 if share is None else share)
+        high = shape.fraction(shape.num_experts, 1.0 if share is None else share)
         if not low - _ROUNDING <= value <= high + _ROUNDING:
             raise InputError(
                 f"active_per_layer[{index}] must be in [{low:.4g}, {high:.4g}], got {value:.4g}; "

@@ -24,7 +24,6 @@ from moesaic.data import TokenBlocks
 from moesaic.evaluation._mode import measuring
 from moesaic.evaluation.activity import Activation, ActivityMeter, dense_ffn_width
 from moesaic.evaluation.intervals import BlockLosses, DomainQuality, domain_quality
-from moesaic.nn.layer import record_routing
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ class QualityResult:
     Attributes:
         domains: Perplexity by domain.
         losses: Per block; two of them give a paired ratio (`perplexity_ratio`).
-        activation: Which experts were on; none for a dense model.
+        activation: What was in use; none for a dense model.
     """
 
     domains: Mapping[str, DomainQuality]
@@ -123,7 +122,7 @@ def evaluate_perplexity(
     block_N: NDArray[np.int64] | None = None,
     name: str = "model",
 ) -> QualityResult:
-    """Measure perplexity per domain and, in the same reading, which experts were on.
+    """Measure perplexity per domain and, in the same reading, how much of the model was in use.
 
     Every token of a block but its first is predicted, from the tokens before it in the block.
     The loss is taken in float32 whatever the dtype of the model and summed in float64.
@@ -161,14 +160,13 @@ def evaluate_perplexity(
             )
             domain = blocks.domains[domain_N[start]]
             ids_BS = _tensor(blocks.ids_NS[block_N[start:end]], model)
-            with record_routing(model) as routings:
+            with meter.reading(domain, ids_BS.numel()):
                 nll_N[start:end] = _block_losses(model, ids_BS)
             if not np.isfinite(nll_N[start:end]).all():
                 raise RunError(
                     f"the loss of {name} on domain {domain!r} is not finite; load the model in "
                     "float32, or train it again with a lower learning rate"
                 )
-            meter.add(domain, ids_BS.numel(), routings)
             stage.advance(end - start)
             start = end
     losses = BlockLosses(

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.evaluation._mode import measuring
-from moesaic.evaluation.activity import dense_ffn_width, token_fractions
-from moesaic.nn.layer import record_routing
+from moesaic.evaluation.activity import dense_ffn_width, record_use, token_fractions
 
 # What a decoder shows for bytes that are not yet a character.
 _INCOMPLETE = "\ufffd"
@@ -27,7 +26,7 @@ def coloured_tokens(
     """Give each token of a text with its active fraction, the mean over layers.
 
     Args:
-        model: With at least one routed layer.
+        model: With MoE layers.
         tokenizer: Of the model.
         ids_S: The text, [S].
 
@@ -35,9 +34,9 @@ def coloured_tokens(
         Per token its `text` and `active`; the texts together are the text.
     """
     ids_BS = torch.from_numpy(np.asarray(ids_S, np.int64)).to(model.device)[None]
-    with measuring(model), record_routing(model) as routings:
+    with measuring(model), record_use(model) as uses:
         model(input_ids=ids_BS, use_cache=False, logits_to_keep=1)
-    active_S = token_fractions(model, routings, dense_ffn_width(model.config)).tolist()
+    active_S = token_fractions(model, uses, dense_ffn_width(model.config)).tolist()
     pieces = token_texts(tokenizer, ids_BS[0].tolist())
     return [{"text": t, "active": a} for t, a in zip(pieces, active_S, strict=True)]
 

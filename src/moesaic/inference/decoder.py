@@ -23,7 +23,8 @@ from moesaic.inference._attention import pack_attention, rotary_tables
 from moesaic.inference._layout import layout_of, norm_weight
 from moesaic.models.architectures import architecture_of
 from moesaic.models.ffn import decoder_layers, read_ffn
-from moesaic.nn.layer import MoELayer, all_experts_on
+from moesaic.nn.experts._base import Experts
+from moesaic.nn.layer import MoELayer, all_experts_on, moe_layers
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 from moesaic.ops.cpu import library, structs
 from moesaic.ops.cpu.packed import (
@@ -52,8 +53,8 @@ class Decoder:
             both; the model is of no use afterwards.
 
     Raises:
-        InputError: If the architecture has no native decoder, or this one does not give the
-            model's logits.
+        InputError: If the architecture or its kind of experts has no native decoder, or this one
+            does not give the model's logits.
         RunError: If the native code cannot run here.
     """
 
@@ -69,6 +70,7 @@ class Decoder:
         if length < 1 or slots < 1:
             raise InputError(f"length and slots must be at least 1, got {length} and {slots}")
         layout = layout_of(model)
+        _check_experts(model)
         library.library()
         model.eval()
         self.config: Any = model.config
@@ -281,6 +283,20 @@ class Decoder:
                 f"the native decoder differs from {type(self.config).__name__}'s own logits by "
                 f"{error:.2g}, more than {bound}; generate with transformers instead"
             )
+
+
+def _check_experts(model: nn.Module) -> None:
+    """Refuse kinds of experts that compute more than their weights say: native code reads those."""
+    for i, layer in enumerate(moe_layers(model)):
+        for part in (layer.experts, layer.shared):
+            own = part is not None and (
+                type(part).forward is not Experts.forward or type(part).dense is not Experts.dense
+            )
+            if own:
+                raise InputError(
+                    f"layer {i} has experts of the kind {layer.config.experts!r}, which have no "
+                    "native code; generate with transformers"
+                )
 
 
 def pack_router(router: SigmoidThreshold) -> PackedRouter:

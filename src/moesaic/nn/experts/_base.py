@@ -8,12 +8,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from moesaic.nn.routing import Routing
 from moesaic.ops.masked import experts_masked
 from moesaic.ops.select import Backend, apply_experts
 from moesaic.ops.weights import ExpertWeights, Packed, activation
+
+# Matrices that nobody pruned hold a few zeros too, above all dequantised ones.
+_STRAY_ZEROS = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +72,34 @@ class Experts(nn.Module, ABC):
     def dense(self, h_TD: Tensor) -> Tensor:
         """Sum all experts at weight one: the dense FFN, [T, D]."""
         return experts_masked(h_TD, None, self.weights())
+
+    def used_share(self) -> float | None:
+        """Share of the matrices' weights that every token uses when all experts are on.
+
+        A weight of exactly zero is not used: that is how static pruning without a change of shape
+        shows. Up to one zero in a hundred is taken for chance, so that experts which nobody pruned
+        count as one whole.
+
+        Returns:
+            In [0, 1]; none where it depends on the token, so that only `used_T` knows.
+        """
+        weights = self.weights()
+        total = weights.up.numel() + weights.down.numel()
+        used = int(weights.up.count_nonzero()) + int(weights.down.count_nonzero())
+        return 1.0 if used >= (1.0 - _STRAY_ZEROS) * total else used / total
+
+    def used_T(self, h_TD: Tensor) -> Tensor:
+        """Share of the matrices' weights that each token uses when all experts are on.
+
+        Args:
+            h_TD: Inputs, [T, D].
+
+        Returns:
+            [T] float64 in [0, 1].
+        """
+        share = self.used_share()
+        assert share is not None, "experts without a fixed share override used_T"
+        return torch.full(h_TD.shape[:1], share, dtype=torch.float64, device=h_TD.device)
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

@@ -21,5 +21,19 @@ EXPERTS = MethodTable(
             summary="down(act(up h)): GPT-2, OPT, GPT-NeoX",
             paper="Transformer, arXiv 1706.03762, section 3.3",
         ),
+        MethodInfo(
+            name="thresholded-gated",
+            target="moesaic.nn.experts.thresholded:ThresholdedGatedExperts",
+            config="moesaic.nn.experts._base:ExpertsConfig",
+            summary="Gated experts that leave out inputs and neurons under a threshold",
+            paper="TEAL, arXiv 2408.14690",
+        ),
+        MethodInfo(
+            name="thresholded-plain",
+            target="moesaic.nn.experts.thresholded:ThresholdedPlainExperts",
+            config="moesaic.nn.experts._base:ExpertsConfig",
+            summary="Plain experts that leave out inputs and neurons under a threshold",
+            paper="TEAL, arXiv 2408.14690",
+        ),
     ],
 )

@@ -1,0 +1,1 @@
+"""Keeping every weight and using fewer of them for each token, without a router."""

@@ -1,0 +1,30 @@
+"""What a compression says that it leaves active is what an evaluation measures."""
+
+import pytest
+from compression_cases import measure, noise
+from model_cases import Case, dense_model
+
+from moesaic.compression._table import COMPRESSIONS
+from moesaic.evaluation import evaluate_perplexity, model_cost
+
+CASES = [Case("llama", {}), Case("opt", {"activation_function": "gelu"})]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", list(COMPRESSIONS))
+def test_reported_fraction_is_measured(name, case, tmp_path):
+    config = COMPRESSIONS.load_config(name)()
+    text = noise(num_blocks=16)
+    dense = dense_model(case)
+    whole = model_cost(dense)
+    stats = measure(dense, tmp_path, config.collectors(), text)
+    model, results = COMPRESSIONS.load(name)(dense, stats, config)
+    activation = evaluate_perplexity(model, text).activation
+    # A method that reads activations was set on those of the dense model.
+    assert activation.mean() == pytest.approx(results["active"], abs=0.02)
+    assert results["active"] == pytest.approx(config.active, abs=0.04)
+    cost = model_cost(model, activation.mean_per_layer())
+    assert cost.active_ffn_fraction == pytest.approx(activation.mean())
+    assert cost.active_parameters < whole.active_parameters
+    assert cost.flops_per_token < whole.flops_per_token
+    assert cost.router_parameters == 0
