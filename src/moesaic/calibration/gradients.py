@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -29,7 +29,7 @@ from moesaic.calibration.stats import Measured
 from moesaic.data.blocks import TokenBlocks
 from moesaic.models.architectures import Architecture, architecture_of
 from moesaic.models.channels import NARROWABLE, channel_axes
-from moesaic.models.ffn import decoder_layers, ffn_module
+from moesaic.models.ffn import decoder_layers, ffn_module, read_ffn
 from moesaic.nn.layer import MoELayer
 
 _CHANNELS = "channels"
@@ -63,9 +63,13 @@ class Gradients:
         """
         ids_NS = torch.from_numpy(text.ids_NS[: self.num_blocks]).long().to(self.model.device)
         domain_N = text.domain_N[: self.num_blocks].tolist()
-        num_domains = len(text.domains)
+        tokens_C = torch.zeros(len(text.domains), dtype=torch.int64)
+        activation = getattr(self.model.config, self.row.activation)
+        sums = [
+            torch.zeros(len(text.domains), read_ffn(layer, self.row, activation).width)
+            for layer in self.layers
+        ]
         weights = _WeightSums(_shares(self.model, self.layers, self.row))
-        activations = [torch.zeros(()) for _ in self.layers]
         with (
             _only_these_train(self.model, weights.shares),
             weights.watching(),
@@ -76,14 +80,11 @@ class Gradients:
             for ids_S, domain in zip(ids_NS, domain_N, strict=True):
                 logits_SV = self.model(input_ids=ids_S[None], use_cache=False).logits[0].float()
                 nnf.cross_entropy(logits_SV[:-1], ids_S[1:]).backward()
-                for index in range(len(self.layers)):
-                    size_F = _activation_importance(values.pop(index, None), index)
-                    if activations[index].dim() == 0:
-                        activations[index] = size_F.new_zeros(num_domains, len(size_F))
-                    activations[index][domain] += size_F
+                for index, sum_CF in enumerate(sums):
+                    sum_CF[domain] += _activation_importance(values.pop(index, None), index).cpu()
+                tokens_C[domain] += ids_S.numel()
                 stage.advance(ids_S.numel())
         first, second = weights.result(len(ids_NS))
-        tokens_C = torch.bincount(torch.tensor(domain_N), minlength=num_domains) * ids_NS.shape[1]
         whole = {"tokens_C": tokens_C}
         if _CHANNELS in first:
             whole["channel_importance_D"] = first[_CHANNELS]
@@ -94,9 +95,9 @@ class Gradients:
                 {
                     "weight_importance_F": first[str(index)],
                     "weight_second_F": second[str(index)],
-                    "activation_importance_CF": sum_CF / tokens_C.clamp(min=1).to(sum_CF)[:, None],
+                    "activation_importance_CF": sum_CF / tokens_C.clamp(min=1)[:, None],
                 }
-                for index, sum_CF in enumerate(activations)
+                for index, sum_CF in enumerate(sums)
             ],
         )
 
@@ -203,14 +204,15 @@ def _neuron_values(layers: list[nn.Module], row: Architecture) -> Iterator[dict[
     """Keep what enters the down product of every layer, with its gradient, by the layer's number."""
     values: dict[int, Tensor] = {}
 
-    def keep(index: int, a: Tensor) -> None:
-        a.retain_grad()
-        values[index] = a
+    def keep(index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            args[0].retain_grad()
+            values[index] = args[0]
+
+        return hook
 
     handles = [
-        attrgetter(row.down)(layer).register_forward_pre_hook(
-            lambda module, args, index=index: keep(index, args[0])
-        )
+        attrgetter(row.down)(layer).register_forward_pre_hook(keep(index))
         for index, layer in enumerate(layers)
     ]
     try:
