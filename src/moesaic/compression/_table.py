@@ -13,7 +13,7 @@ COMPRESSIONS = MethodTable(
             config="moesaic.compression.pruning.flap:FLAP",
             summary="FFN neurons that vary least removed; a bias keeps their mean contribution",
             paper="FLAP, arXiv 2312.11983",
-            abilities=frozenset({"static"}),
+            abilities=frozenset({"static", "any-architecture"}),
         ),
         MethodInfo(
             name="llm-pruner-block",
@@ -21,7 +21,7 @@ COMPRESSIONS = MethodTable(
             config="moesaic.compression.pruning.llm_pruner_block:LLMPrunerBlock",
             summary="FFN neurons whose weights the loss feels least removed",
             paper="LLM-Pruner, arXiv 2305.11627",
-            abilities=frozenset({"static"}),
+            abilities=frozenset({"static", "any-architecture"}),
         ),
         MethodInfo(
             name="llm-pruner-channel",
@@ -37,7 +37,7 @@ COMPRESSIONS = MethodTable(
             config="moesaic.compression.pruning.sparsegpt:SparseGPT",
             summary="FFN weights set to zero; those that stay make up for what went",
             paper="SparseGPT, arXiv 2301.00774",
-            abilities=frozenset({"static"}),
+            abilities=frozenset({"static", "any-architecture"}),
         ),
         MethodInfo(
             name="wanda",
@@ -45,7 +45,7 @@ COMPRESSIONS = MethodTable(
             config="moesaic.compression.pruning.wanda:Wanda",
             summary="FFN weights set to zero where weight times size of input is least",
             paper="Wanda, arXiv 2306.11695",
-            abilities=frozenset({"static"}),
+            abilities=frozenset({"static", "any-architecture"}),
         ),
     ],
 )
