@@ -7,6 +7,7 @@ Shapes: N blocks of S tokens, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -60,7 +61,7 @@ class Tokens:
         return Measured({"ids_NS": torch.from_numpy(text.ids_NS)})
 
 
-PASSES: dict[str, type[Gradients | Sensitivity | Tokens]] = {
+PASSES: dict[str, Callable[[PreTrainedModel], Pass]] = {
     "gradients": Gradients,
     "sensitivity": Sensitivity,
     "tokens": Tokens,
