@@ -19,9 +19,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moesaic._errors import InputError
 
-# Decoders whose config has a size of heads beside the width. The others here derive one from the
-# other (GPT-2, GPT-NeoX, OPT), or scale their embeddings by the root of the width (Gemma).
-NARROWABLE = ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+# Decoders whose heads have a size beside the width. The others here derive one from the other
+# (GPT-2, GPT-NeoX, OPT), check rotary factors against it (Phi-3), or scale embeddings by its root
+# (Gemma).
+NARROWABLE = ("llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
 
 
 def check_narrowable(model: PreTrainedModel, *, by: str) -> None:
