@@ -25,6 +25,13 @@ def text_ids() -> Tensor:
     return torch.from_numpy(text.take(len(text), seed=0).ids_NS).long()
 
 
+def _keep(seen: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def hook(module, args) -> None:
+        seen[name] = args[0].flatten(0, -2)
+
+    return hook
+
+
 @torch.no_grad()
 def prune_by_hand(case: Case, cut: Cut, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Prune every matrix of every network, each layer on the output of the pruned ones before it.
@@ -39,10 +46,7 @@ def prune_by_hand(case: Case, cut: Cut, dtype: torch.dtype = torch.float32) -> P
         seen: dict[str, Tensor] = {}
         modules = {name: attrgetter(name)(layer) for name in (case.row.ffn, case.row.down)}
         handles = [
-            module.register_forward_pre_hook(
-                lambda _, args, name=name: seen.update({name: args[0].flatten(0, -2)})
-            )
-            for name, module in modules.items()
+            module.register_forward_pre_hook(_keep(seen, name)) for name, module in modules.items()
         ]
         model(text_ids())
         for handle in handles:

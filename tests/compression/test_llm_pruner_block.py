@@ -48,9 +48,10 @@ def test_the_most_important_stay(order, tmp_path):
         moe_layers(model), read_all(dense_model(LLAMA)), scores, strict=True
     ):
         best = sorted(score_F.topk(12).indices.tolist())
-        assert torch.equal(moe.shared.weights().up[0], torch.cat([ffn.gate_FD, ffn.up_FD])[
-            [*best, *(WIDTH + j for j in best)]
-        ])
+        assert torch.equal(
+            moe.shared.weights().up[0],
+            torch.cat([ffn.gate_FD, ffn.up_FD])[[*best, *(WIDTH + j for j in best)]],
+        )
         assert torch.equal(moe.shared.weights().down[0], ffn.down_DF[:, best])
 
 

@@ -35,6 +35,11 @@ def pruned(directory, case=LLAMA, dtype=torch.float32, **options):
     return model, score_D.topk(KEPT).indices.sort().values
 
 
+def close(got, want):
+    """Norms compute in float32 whatever the model, so another order of sums shows."""
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
 @pytest.mark.parametrize("order", ["first", "second"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_llama_sliced_by_hand(tied, order, tmp_path):
@@ -77,13 +82,13 @@ def test_cutting_is_setting_to_zero_but_for_the_mean_of_norms(tmp_path):
             value.index_fill_(axis, torch.tensor(gone), 0.0)
             if "norm" in name:
                 value *= (KEPT / DIM) ** 0.5
-    torch.testing.assert_close(logits(model), logits(masked))
+    close(logits(model), logits(masked))
 
 
 @pytest.mark.parametrize("model_type", NARROWABLE)
 def test_every_narrowable_architecture(model_type, tmp_path):
     """Saved as an ordinary model of transformers, its heads as large as before."""
-    model, kept = pruned(tmp_path / "stats", Case(model_type, {}))
+    model, _ = pruned(tmp_path / "stats", Case(model_type, {}))
     assert model.config.hidden_size == KEPT
     assert model.config.head_dim == 8
     model.save_pretrained(tmp_path / "model")
@@ -116,7 +121,7 @@ def test_channels_may_change_places():
     dense = dense_model(LLAMA, torch.float64)
     want = logits(dense)
     order = torch.randperm(DIM, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(logits(keep_channels(copy.deepcopy(dense), order)), want)
+    close(logits(keep_channels(copy.deepcopy(dense), order)), want)
 
 
 @pytest.mark.parametrize(

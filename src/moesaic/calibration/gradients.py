@@ -201,7 +201,7 @@ def _only_these_train(
 
 @contextmanager
 def _neuron_values(layers: list[nn.Module], row: Architecture) -> Iterator[dict[int, Tensor]]:
-    """Keep what enters the down product of every layer, with its gradient, by the layer's number."""
+    """Keep what enters every down product, with its gradient, by the number of the layer."""
     values: dict[int, Tensor] = {}
 
     def keep(index: int) -> Any:

@@ -1,8 +1,8 @@
 """Calibrate: run the text through the model once and keep, per layer, what was asked for.
 
 Memory: the model, the hidden states of all tokens (T * D floats), the network inputs of one layer
-(as much again), and what the collectors hold for one layer; see `walk` and `collectors`. After that,
-one after the other, what looks at the whole model; see `passes`.
+(as much again), and what the collectors hold for one layer; see `walk` and `collectors`. After that
+comes what looks at the whole model, one after the other; see `passes`.
 """
 
 from __future__ import annotations

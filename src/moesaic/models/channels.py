@@ -37,8 +37,8 @@ def check_narrowable(model: PreTrainedModel, *, by: str) -> None:
     """
     if model.config.model_type not in NARROWABLE:
         raise InputError(
-            f"{by} cannot remove channels of {model.config.model_type}, whose config ties the "
-            f"size of heads or the scale of embeddings to the width; {', '.join(NARROWABLE)} work"
+            f"{by} cannot remove channels of {model.config.model_type}, whose config ties "
+            f"heads or the scale of embeddings to the width; {', '.join(NARROWABLE)} work"
         )
 
 
