@@ -146,3 +146,64 @@ def test_unknown_architecture_is_refused():
     model.config.model_type = "lama"
     with pytest.raises(InputError, match=r"'lama' is unknown; did you mean llama"):
         walk(model)
+
+
+def halve(layer):
+    """Change what a layer gives."""
+    with torch.no_grad():
+        layer.mlp.down_proj.weight *= 0.5
+
+
+@pytest.mark.parametrize("case", [*ROWS, *MIXED], ids=str)
+def test_walk_in_sequence_of_an_unchanged_model_is_the_walk(case):
+    model = dense_model(case, torch.float64)
+    for got, want in zip(walk(model, sequential=True), walk(model), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("batch_blocks", [1, 4])
+def test_walk_in_sequence_shows_what_changed_layers_give(batch_blocks):
+    model = dense_model(DEEP, torch.float64)
+    got = []
+    for visit in walk_layers(model, IDS, sequential=True, batch_blocks=batch_blocks):
+        got.append(visit.h_TD.clone())
+        halve(visit.layer)
+    for h_TD, want in zip(got, network_inputs(model, DEEP, IDS), strict=True):
+        torch.testing.assert_close(h_TD, want)
+    before = walk(dense_model(DEEP, torch.float64))
+    assert torch.equal(got[0], before[0])
+    assert (got[1] - before[1]).abs().max() > 1e-2
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("visited", [0, 2])
+def test_walk_in_sequence_goes_on_after_the_last_visited_layer(visited, tmp_path):
+    store = tmp_path / "hidden.safetensors"
+    model = dense_model(DEEP)
+    for visit in walk_layers(model, IDS, sequential=True, store=store):
+        if visit.index == visited:
+            break
+        halve(visit.layer)
+    # The layers that count as visited are as they were left; the one under way is not.
+    rest = []
+    for visit in walk_layers(model, IDS, sequential=True, store=store):
+        rest.append((visit.index, visit.h_TD.clone()))
+        halve(visit.layer)
+    assert [index for index, _ in rest] == list(range(visited, 4))
+    for index, h_TD in rest:
+        torch.testing.assert_close(h_TD, network_inputs(model, DEEP, IDS)[index])
+
+
+def test_walk_in_sequence_counts_tokens_of_all_layers():
+    watch = Watch()
+    walk(dense_model(DEEP), sequential=True, progress=watch)
+    assert watch.done == watch.total == 4 * IDS.numel()
+
+
+def test_network_that_does_not_run_in_sequence(monkeypatch):
+    model = dense_model(LLAMA)
+    monkeypatch.setattr(
+        decoder_layers(model)[1], "forward", lambda hidden_states, **_: hidden_states
+    )
+    with pytest.raises(RunError, match=r"network of layer 1 saw 0 of 96 tokens, .*correct its row"):
+        walk(model, sequential=True)

@@ -1,7 +1,7 @@
 """What a compression says that it leaves active is what an evaluation measures."""
 
 import pytest
-from compression_cases import measure, noise
+from compression_cases import make_text, measure
 from model_cases import Case, dense_model
 
 from moesaic.compression._table import COMPRESSIONS
@@ -14,7 +14,7 @@ CASES = [Case("llama", {}), Case("opt", {"activation_function": "gelu"})]
 @pytest.mark.parametrize("name", list(COMPRESSIONS))
 def test_reported_fraction_is_measured(name, case, tmp_path):
     config = COMPRESSIONS.load_config(name)()
-    text = noise(num_blocks=16)
+    text = make_text(num_blocks=16)
     dense = dense_model(case)
     whole = model_cost(dense)
     stats = measure(dense, tmp_path, config.collectors(), text)

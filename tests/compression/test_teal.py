@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from compression_cases import measure, noise
+from compression_cases import make_text, measure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_cases import (
@@ -200,10 +200,10 @@ def test_output_is_the_dense_model_with_small_values_gone(case, allocation, tmp_
 def test_sparsity_holds_on_text_it_was_not_set_on(case, active, tmp_path):
     """Check 4 of the method's card: within a point of the target."""
     dense = dense_model(case)
-    stats = measure(dense, tmp_path, ("inputs",), noise(num_blocks=128))
+    stats = measure(dense, tmp_path, ("inputs",), make_text(num_blocks=128))
     model, results = sparsify_teal(dense, stats, TEAL(active=active, allocation="uniform"))
     assert results["active"] == pytest.approx(active, abs=2e-3)
-    heldout = evaluate_perplexity(model, noise(num_blocks=128, seed=1)).activation
+    heldout = evaluate_perplexity(model, make_text(num_blocks=128, seed=1)).activation
     assert heldout.mean() == pytest.approx(active, abs=0.01)
 
 
@@ -250,7 +250,7 @@ def test_saves_and_loads_with_its_thresholds(case, tmp_path):
 def test_half_precision(tmp_path):
     model, results = sparse(LLAMA, tmp_path, TEAL(active=0.5), torch.bfloat16)
     assert {x.dtype for x in model.state_dict().values()} == {torch.bfloat16}
-    heldout = evaluate_perplexity(model, noise(num_blocks=32, seed=1)).activation
+    heldout = evaluate_perplexity(model, make_text(num_blocks=32, seed=1)).activation
     assert heldout.mean() == pytest.approx(results["active"], abs=0.02)
 
 

@@ -1,7 +1,8 @@
 """Calibrate: run the text through the model once and keep, per layer, what was asked for.
 
 Memory: the model, the hidden states of all tokens (T * D floats), the network inputs of one layer
-(as much again), and what the collectors hold for one layer; see `walk` and `collectors`.
+(as much again), and what the collectors hold for one layer; see `walk` and `collectors`. After that
+comes what looks at the whole model, one after the other; see `passes`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,15 @@ from moesaic._files import atomic_write, read_json, require_space, write_json
 from moesaic._progress import SILENT, Progress
 from moesaic._registry import unknown_name
 from moesaic.calibration.collectors import COLLECTORS, Collector
-from moesaic.calibration.sensitivity import layer_sensitivity
-from moesaic.calibration.stats import MANIFEST, CalibrationStats, layer_file, open_stats
+from moesaic.calibration.passes import PASSES
+from moesaic.calibration.stats import (
+    MANIFEST,
+    CalibrationStats,
+    layer_file,
+    open_stats,
+    pass_file,
+    write_pass,
+)
 from moesaic.calibration.walk import walk_layers
 from moesaic.data.blocks import TokenBlocks
 from moesaic.models.architectures import architecture_of
@@ -32,9 +40,6 @@ from moesaic.models.checkpoint import fingerprint
 from moesaic.models.ffn import FFN, decoder_layers, ffn_module, read_ffn
 from moesaic.nn.layer import MoELayer
 
-# The one collector that needs the whole model: a backward pass, not a walk.
-SENSITIVITY = "sensitivity"
-_SENSITIVITY_BLOCKS = 6
 # Tokens that a collector works on at a time.
 _CHUNK = 1024
 
@@ -91,8 +96,8 @@ def calibrate(
         RunError: If a layer's network or an expert saw no token.
     """
     for name in collectors:
-        if name not in COLLECTORS and name != SENSITIVITY:
-            raise InputError(unknown_name("collector", name, [*COLLECTORS, SENSITIVITY]))
+        if name not in COLLECTORS and name not in PASSES:
+            raise InputError(unknown_name("collector", name, [*COLLECTORS, *PASSES]))
     num_blocks = config.tokens // text.ids_NS.shape[1]
     if num_blocks < 1:
         raise InputError(
@@ -104,8 +109,10 @@ def calibrate(
             f"calibration asks for {config.tokens} tokens, the text has {text.num_tokens}; "
             "lower calibration tokens or give more text"
         )
+    walked = tuple(name for name in collectors if name in COLLECTORS)
+    passes = {name: PASSES[name](model) for name in sorted(collectors) if name in PASSES}
     for layer in decoder_layers(model):
-        _begin(model, layer, collectors)
+        _begin(model, layer, walked)
     sample = text.take(num_blocks, seed=config.seed)
     record = {
         "model": fingerprint(model),
@@ -120,8 +127,37 @@ def calibrate(
         store.unlink(missing_ok=True)
         return open_stats(directory)
 
+    require_space(directory, _bytes_needed(model, sample, collectors), what="calibration")
+    if walked:
+        _walk(model, sample, walked, config, directory, store, progress)
+    for name, measurement in passes.items():
+        if not pass_file(directory, name).is_file():
+            write_pass(directory, name, measurement.measure(sample, config.seed, progress))
+    write_json(
+        directory / MANIFEST,
+        {
+            "num_layers": model.config.num_hidden_layers,
+            "num_tokens": sample.num_tokens,
+            "collectors": sorted(collectors),
+            "passes": list(passes),
+            "text": {"blocks": record["blocks"], "sources": to_plain(sample.provenance)},
+        },
+    )
+    store.unlink(missing_ok=True)
+    return open_stats(directory)
+
+
+def _walk(
+    model: PreTrainedModel,
+    sample: TokenBlocks,
+    collectors: tuple[str, ...],
+    config: CalibrationConfig,
+    directory: Path,
+    store: Path,
+    progress: Progress,
+) -> None:
+    """Measure layer after layer, from the first that is not on disk."""
     ids_NS = torch.from_numpy(sample.ids_NS).long()
-    require_space(directory, _bytes_needed(model, ids_NS.numel(), collectors), what="calibration")
     for visit in walk_layers(
         model, ids_NS, batch_blocks=config.batch_blocks, store=store, progress=progress
     ):
@@ -130,23 +166,6 @@ def calibrate(
             save_file(tensors, temporary)
         # Not held while the next layer is measured.
         del tensors
-    sensitivity: list[float] = []
-    if SENSITIVITY in collectors:
-        sensitivity = layer_sensitivity(
-            model, ids_NS[:_SENSITIVITY_BLOCKS], seed=config.seed, progress=progress
-        )
-    write_json(
-        directory / MANIFEST,
-        {
-            "num_layers": model.config.num_hidden_layers,
-            "num_tokens": ids_NS.numel(),
-            "collectors": sorted(collectors),
-            "sensitivity": sensitivity,
-            "text": {"blocks": record["blocks"], "sources": to_plain(sample.provenance)},
-        },
-    )
-    store.unlink(missing_ok=True)
-    return open_stats(directory)
 
 
 def _begin(
@@ -160,7 +179,7 @@ def _begin(
         if isinstance(module, MoELayer)
         else read_ffn(layer, row, getattr(model.config, row.activation))
     )
-    return {name: COLLECTORS[name](ffn) for name in collectors if name != SENSITIVITY}
+    return {name: COLLECTORS[name](ffn) for name in collectors}
 
 
 def _measure(
@@ -206,12 +225,13 @@ def _claim(directory: Path, key: str) -> None:
     write_json(path, {"key": key})
 
 
-def _bytes_needed(model: PreTrainedModel, num_tokens: int, collectors: tuple[str, ...]) -> int:
+def _bytes_needed(model: PreTrainedModel, sample: TokenBlocks, collectors: tuple[str, ...]) -> int:
     """Disk that the statistics take at most."""
-    dim = model.config.hidden_size
+    num_tokens, dim = sample.num_tokens, model.config.hidden_size
     # GPT-2 and Qwen name their width otherwise or not at all; four times D is the common case.
     width = getattr(model.config, "intermediate_size", None) or 4 * dim
     per_layer = {
+        "gradients": 4 * width * (2 + len(sample.domains)),
         "inputs": 2 * num_tokens * dim,
         "moments": 4 * dim * dim,
         "neurons": 4 * width * (width + 4),

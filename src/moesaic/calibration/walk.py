@@ -5,12 +5,17 @@ network (as much again, in one buffer for all layers). With a store the states a
 every layer, and an interrupted walk goes on with the next one; writing takes T * D floats for as
 long as it lasts.
 
+A walk in sequence shows a layer before the layer's output is computed, so that every layer reads
+what the layers before it give after they were changed. It runs each layer twice: as far as its
+network to show it, and whole when the visit is over.
+
 Shapes: N blocks, S tokens of a block, T = N * S tokens, D model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +28,7 @@ from transformers import PreTrainedModel
 
 from moesaic._errors import CheckpointError, RunError
 from moesaic._files import atomic_write
-from moesaic._progress import SILENT, Progress
+from moesaic._progress import SILENT, Progress, Stage
 from moesaic.models.architectures import architecture_of
 from moesaic.models.ffn import decoder_layers, ffn_module
 
@@ -71,7 +76,7 @@ class _Inputs:
         return self.buffer_TD
 
 
-class _LayerReachedError(Exception):
+class _ReachedError(Exception):
     """Ends a forward pass that is needed no further."""
 
 
@@ -81,8 +86,10 @@ def walk_layers(
     ids_NS: Tensor,
     *,
     batch_blocks: int = 4,
+    sequential: bool = False,
     store: Path | None = None,
     progress: Progress = SILENT,
+    name: str = "calibrate",
 ) -> Iterator[LayerVisit]:
     """Visit every decoder layer in order.
 
@@ -90,16 +97,21 @@ def walk_layers(
         model: Dense or converted, in evaluation mode.
         ids_NS: Token ids, [N, S]; every block full, so no padding.
         batch_blocks: Blocks that run together.
+        sequential: Whether a layer's output is computed after its visit, by what the visitor made
+            of the layer, instead of before.
         store: File for the hidden states, to go on after an interruption. A file of another text
-            or model must not be given; its owner knows.
+            or model must not be given; its owner knows. What a visitor made of the layers that
+            were visited must be in the model again.
         progress: Told of every token and layer.
+        name: Of the stage that the progress is told of.
 
     Yields:
         The layers that were not visited before. When the loop comes back, the layer counts as
         visited.
 
     Raises:
-        RunError: If a network did not see every token once.
+        RunError: If a network did not see every token once; in sequence a second time goes
+            unnoticed, because a layer runs no further than the first.
         CheckpointError: If the store is damaged.
     """
     ids_NS = ids_NS.to(model.device)
@@ -112,23 +124,55 @@ def walk_layers(
             [_embed(model, layers[0], ids) for ids in ids_NS.split(batch_blocks)]
         )
     inputs = _Inputs(ids_NS.numel())
-    with progress.stage("calibrate", (len(layers) - first) * ids_NS.numel(), "tokens") as stage:
+    with progress.stage(name, (len(layers) - first) * ids_NS.numel(), "tokens") as stage:
         for index in range(first, len(layers)):
-            layer = layers[index]
-            handle = ffn_module(layer, row).register_forward_pre_hook(inputs.keep)
-            try:
-                for start in range(0, len(hidden_NSD), batch_blocks):
-                    piece = hidden_NSD[start : start + batch_blocks]
-                    out = layer(piece, **arguments[index])
-                    # In place: the states of one layer are all that is kept.
-                    hidden_NSD[start : start + batch_blocks] = (
-                        out[0] if isinstance(out, tuple) else out
-                    )
-                    stage.advance(piece.shape[0] * piece.shape[1])
-            finally:
-                handle.remove()
+            layer, network = layers[index], ffn_module(layers[index], row)
+            pieces = hidden_NSD.split(batch_blocks)
+            with _hooked(network, inputs.keep):
+                if sequential:
+                    _look(layer, network, pieces, arguments[index])
+                else:
+                    _run(layer, pieces, arguments[index], stage)
             yield LayerVisit(index, layer, inputs.take(index))
+            if sequential:
+                _run(layer, pieces, arguments[index], stage)
             _keep(store, index + 1, hidden_NSD)
+
+
+def _run(
+    layer: nn.Module, pieces: Sequence[Tensor], arguments: dict[str, Any], stage: Stage
+) -> None:
+    """Put the outputs of a layer in the place of its inputs: one layer's states are all we keep."""
+    for piece_NSD in pieces:
+        out = layer(piece_NSD, **arguments)
+        piece_NSD.copy_(out[0] if isinstance(out, tuple) else out)
+        stage.advance(piece_NSD.shape[0] * piece_NSD.shape[1])
+
+
+def _look(
+    layer: nn.Module, network: nn.Module, pieces: Sequence[Tensor], arguments: dict[str, Any]
+) -> None:
+    """Run a layer as far as its network."""
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _ReachedError
+
+    with _hooked(network, stop):
+        for piece_NSD in pieces:
+            with contextlib.suppress(_ReachedError):
+                layer(piece_NSD, **arguments)
+
+
+@contextlib.contextmanager
+def _hooked(
+    network: nn.Module, hook: Callable[[nn.Module, tuple[Tensor, ...]], None]
+) -> Iterator[None]:
+    """Run a hook in front of a network, after those that are there, while the block lasts."""
+    handle = network.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _layer_arguments(
@@ -161,12 +205,12 @@ def _embed(model: PreTrainedModel, first_layer: nn.Module, ids_NS: Tensor) -> Te
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(args[0] if args else kwargs["hidden_states"])
-        raise _LayerReachedError
+        raise _ReachedError
 
     handle = first_layer.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(input_ids=ids_NS, use_cache=False)
-    except _LayerReachedError:
+    except _ReachedError:
         pass
     finally:
         handle.remove()
@@ -181,7 +225,7 @@ def _restore(store: Path | None) -> tuple[int, Tensor | None]:
             return int(file.metadata()["layers"]), file.get_tensor("hidden")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{store} cannot be read ({error}); delete {store.parent} and calibrate again"
+            f"{store} cannot be read ({error}); delete {store.parent} and run it again"
         ) from error
 
 

@@ -13,6 +13,39 @@ COMPRESSIONS = MethodTable(
             config="moesaic.compression.pruning.flap:FLAP",
             summary="FFN neurons that vary least removed; a bias keeps their mean contribution",
             paper="FLAP, arXiv 2312.11983",
+            abilities=frozenset({"static", "any-architecture"}),
+        ),
+        MethodInfo(
+            name="llm-pruner-block",
+            target="moesaic.compression.pruning.llm_pruner_block:prune_block",
+            config="moesaic.compression.pruning.llm_pruner_block:LLMPrunerBlock",
+            summary="FFN neurons whose weights the loss feels least removed",
+            paper="LLM-Pruner, arXiv 2305.11627",
+            abilities=frozenset({"static", "any-architecture"}),
+        ),
+        MethodInfo(
+            name="llm-pruner-channel",
+            target="moesaic.compression.pruning.llm_pruner_channel:prune_channels",
+            config="moesaic.compression.pruning.llm_pruner_channel:LLMPrunerChannel",
+            summary="Channels of the residual stream that the loss feels least removed everywhere",
+            paper="LLM-Pruner, arXiv 2305.11627",
+            abilities=frozenset({"static"}),
+        ),
+        MethodInfo(
+            name="sparsegpt",
+            target="moesaic.compression.pruning.sparsegpt:prune_sparsegpt",
+            config="moesaic.compression.pruning.sparsegpt:SparseGPT",
+            summary="FFN weights set to zero; those that stay make up for what went",
+            paper="SparseGPT, arXiv 2301.00774",
+            abilities=frozenset({"static", "any-architecture"}),
+        ),
+        MethodInfo(
+            name="wanda",
+            target="moesaic.compression.pruning.wanda:prune_wanda",
+            config="moesaic.compression.pruning.wanda:Wanda",
+            summary="FFN weights set to zero where weight times size of input is least",
+            paper="Wanda, arXiv 2306.11695",
+            abilities=frozenset({"static", "any-architecture"}),
         ),
         MethodInfo(
             name="teal",
@@ -23,3 +56,4 @@ COMPRESSIONS = MethodTable(
         ),
     ],
 )
+"""Making a model smaller for every token alike."""

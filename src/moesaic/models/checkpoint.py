@@ -140,7 +140,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def load(path: str | Path, *, dtype: str | None = None, verify: bool = True) -> PreTrainedModel:
-    """Load a converted model.
+    """Load a converted model, or one that was compressed and is dense still.
 
     Args:
         path: A directory that `save` wrote.
@@ -152,13 +152,16 @@ def load(path: str | Path, *, dtype: str | None = None, verify: bool = True) -> 
 
     Raises:
         CheckpointError: Naming the file that is missing, cut short or edited.
+        InputError: If nothing was done to the model.
     """
     path = Path(path)
     config = read_config(str(path))
     if verify:
         verify_files(path)
     if config.model_type in ARCHITECTURES:
-        raise InputError(f"{path} is a dense model; convert it first or use load_dense")
+        manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
+        if not manifest.get("steps"):
+            raise InputError(f"{path} is a dense model; convert it first or use load_dense")
     model: PreTrainedModel = _read_model(str(path), "auto" if dtype is None else dtype_of(dtype))
     return model
 
