@@ -1,1 +1,1 @@
-"""Making a model smaller for every token alike."""
+"""Making a model use less of its feed-forward networks, without a router."""

@@ -53,6 +53,7 @@ COMPRESSIONS = MethodTable(
             config="moesaic.compression.sparsity.teal:TEAL",
             summary="FFN inputs and neurons of small magnitude left out, token by token",
             paper="TEAL, arXiv 2408.14690",
+            abilities=frozenset({"any-architecture"}),
         ),
     ],
 )
