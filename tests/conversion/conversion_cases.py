@@ -18,7 +18,10 @@ TOKENS = CalibrationConfig(tokens=96, batch_blocks=2)
 
 # Right for most methods, where they have the setting; a new line of the table is tested with these.
 _COMMON: dict[str, Any] = {"experts": 4, "active": 0.5}
-_OWN: dict[str, dict[str, Any]] = {"dsmoe": {"fit_steps": 3}}
+_OWN: dict[str, dict[str, Any]] = {
+    "dsmoe": {"fit_steps": 3},
+    "sparse-upcycling": {"copies": 3},
+}
 
 
 def settings_of(name: str, **options: Any) -> Any:

@@ -212,6 +212,7 @@ def _bytes_needed(model: PreTrainedModel, num_tokens: int, collectors: tuple[str
     # GPT-2 and Qwen name their width otherwise or not at all; four times D is the common case.
     width = getattr(model.config, "intermediate_size", None) or 4 * dim
     per_layer = {
+        "adjacency": 4 * width * width,
         "inputs": 2 * num_tokens * dim,
         "moments": 4 * dim * dim,
         "neurons": 4 * width * (width + 4),
