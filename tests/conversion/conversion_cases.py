@@ -1,4 +1,4 @@
-"""Every conversion at settings that fit the tiny model, its statistics, and how it is interrupted."""
+"""Every conversion at settings that fit the tiny model, its statistics, and interruptions."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """Sparse upcycling: every expert starts as a copy of the whole network.
 
 Source: Sparse Upcycling, arXiv 2212.05055: copies of the network, a random router, softmax and then
-top-k, training of everything. With weights that sum to one the first model is the dense one exactly.
-Ours: every layer is upcycled, where the paper takes every other one; and copies of a network that
-FLAP (arXiv 2312.11983) pruned first, for a budget below that of the dense model.
+top-k, training of everything. With weights that sum to one the first model is the dense one. Ours:
+every layer is upcycled, where the paper takes every other one; and copies of a network that FLAP
+(arXiv 2312.11983) pruned first, for a budget below that of the dense model.
 
-Copies are not parts: a token that uses k whole copies does k times the work of the dense network, so
-`active` is k, and only pruned copies come down to a fraction. All experts on is not the dense model,
-so the converted model cannot be its own teacher.
+Copies are not parts: a token that uses k whole copies does k times the work of the dense network,
+so `active` is k, and only pruned copies come down to a fraction. All experts on is not the dense
+model, so the converted model cannot be its own teacher.
 
 Shapes: F neurons of the network, W neurons of a copy, E copies.
 """
@@ -65,8 +65,8 @@ class SparseUpcycling:
             )
         if not 0.0 < self.active <= self.top_k:
             raise InputError(
-                f"active must be in (0, top_k={self.top_k}], got {self.active}; at top_k copies are "
-                "whole"
+                f"active must be in (0, top_k={self.top_k}], got {self.active}; at top_k copies "
+                "are whole"
             )
         if self.balance_coef < 0 or self.seed < 0:
             raise InputError(
@@ -130,8 +130,8 @@ def copy_width(config: SparseUpcycling, dense_width: int) -> int:
     nearest = {max(1, math.floor(exact)), max(1, math.ceil(exact))}
     works = [f"{width * config.top_k / dense_width:.6g}" for width in sorted(nearest)]
     raise InputError(
-        f"active={config.active} leaves copies of {exact:.6g} of {dense_width} neurons; the nearest "
-        f"that works is {' or '.join(works)}"
+        f"active={config.active} leaves copies of {exact:.6g} of {dense_width} neurons; the "
+        f"nearest that works is {' or '.join(works)}"
     )
 
 
