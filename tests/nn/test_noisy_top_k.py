@@ -110,14 +110,14 @@ def test_chance_is_that_of_drawing_ones_own_noise_again():
 
 
 def test_chance_is_judged_by_noisy_scores_not_by_the_noise():
-    # Scores 10, 9, 0 and noise so small that it decides nothing, top 2 of 3. The experts 0 and 1
+    # Scores 10, 9, 1 and noise so small that it decides nothing, top 2 of 3. The experts 0 and 1
     # are in for certain and 2 is out for certain. Comparing the noise alone with the third score
-    # would take the bar of the last one inside for all, where expert 1 is at its own bar: 1/2.
+    # would take the bar of the last one inside for all, where expert 1 is at its own bar: near 1/2.
     router = make_router("noisy-top-k", 3, gate="linear", top_k=2).train()
     with torch.no_grad():
         router.noise.fill_(-100.0)
         router.weight.zero_()
-        router.weight[:, 0] = torch.tensor([10.0, 9.0, 0.0])
+        router.weight[:, 0] = torch.tensor([10.0, 9.0, 1.0])
     inside_TE = router(torch.eye(1, D)).scores_TE[:, 3:]
     assert torch.special.ndtr(inside_TE).tolist() == [[1.0, 1.0, 0.0]]
 
