@@ -194,7 +194,7 @@ def test_routers_and_blocks_depend_on_the_seed_and_the_layer():
     [
         ({"active": 0.0}, r"active must be in \(0, 1\], got 0.0; 0.5 keeps half"),
         ({"active": 1.5}, r"active must be in \(0, 1\], got 1.5"),
-        ({"active": 0.3}, r"active=0.3 is no number of blocks out of 8; the nearest .* 0.25 or 0.3"),
+        ({"active": 0.3}, r"active=0.3 is no number of blocks out of 8; .* is 0.25 or 0.375"),
         ({"active": 0.05}, r"the nearest that works is 0.125 or 0.25"),
         ({"active": 0.25, "shared": 2}, r"out of 8, 2 of them shared; .* is 0.375 or 0.5"),
         ({"experts": 0}, r"experts must be at least 1, got 0"),

@@ -67,8 +67,8 @@ def train(
         raise InputError("the model has no routed layer to train; convert it first")
     if config.distill > 0 and not model.config.moesaic.get("exact", True):
         raise InputError(
-            "the model cannot be its own teacher: its experts overlap or are copies, so all of them "
-            "on is not the dense parent; set distill 0 and language 1"
+            "the model cannot be its own teacher: its experts overlap or are copies, so all of "
+            "them on is not the dense parent; set distill 0 and language 1"
         )
     terms: dict[str, Any] = getattr(model, "loss_terms", {})
     if config.active > 0 and "sparsity" not in terms:
