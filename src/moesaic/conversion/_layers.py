@@ -87,9 +87,9 @@ class Cut:
             num_shared: Blocks at the front that are always on.
         """
         stats = {
-            name: self.measured[f"{collector}.{name}"]
-            for name, collector in COLLECTORS.items()
-            if f"{collector}.{name}" in self.measured
+            statistic: self.measured[f"{collector}.{statistic}"]
+            for statistic, collector in COLLECTORS.items()
+            if f"{collector}.{statistic}" in self.measured
         }
         source = PartitionInput(
             num_experts=num_experts,
