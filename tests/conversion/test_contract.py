@@ -70,7 +70,7 @@ def test_results_are_plain_data(converted):
 
 @torch.no_grad()
 def test_saved_and_loaded_it_computes_the_same(converted, tmp_path):
-    model, results = converted
+    model, _ = converted
     save(model, tmp_path / "model", new_manifest("dense", model))
     again = load(tmp_path / "model")
     same_state(model, again)

@@ -68,6 +68,11 @@ def test_balancing_moves_the_surplus_alone(num_experts, size, seed):
 def test_planted_groups_are_found():
     pytest.importorskip("pymetis")
     source, group_F = planted_source(96, 8)
+    # Neurons of a group are strong together in most groups of tokens, others in few.
+    noise_FF = torch.rand(96, 96, generator=torch.Generator().manual_seed(0))
+    same_FF = group_F == group_F[:, None]
+    adjacency_FF = torch.where(same_FF, 8.0, 1.0) + (noise_FF + noise_FF.T)
+    source = dataclasses.replace(source, stats={"adjacency_FF": adjacency_FF})
     permutation_F = coactivation_graph(source, CoactivationGraphConfig())
     for block in blocks(permutation_F, 8):
         assert len({int(group_F[f]) for f in block}) == 1

@@ -108,9 +108,8 @@ def cut_graph(weight_FF: Ints, num_experts: int, seed: int) -> Ints:
     graph = csr_array(weight_FF)
     _, label_F = pymetis.part_graph(
         num_experts,
-        xadj=graph.indptr.tolist(),
-        adjncy=graph.indices.tolist(),
-        eweights=graph.data.tolist(),
+        pymetis.CSRAdjacency(graph.indptr.astype(np.int32), graph.indices.astype(np.int32)),
+        eweights=graph.data.astype(np.int32),
         recursive=False,
         options=pymetis.Options(seed=seed % _MOST),
     )
