@@ -19,7 +19,7 @@ from moesaic.nn.layer import all_experts_on, moe_layers, record_routing
 
 
 def convert(directory=None, **options):
-    config = LLaMAMoE(**{"experts": 4, **options})
+    config = LLaMAMoE(**{"experts": 4, "scale": "blocks", **options})
     return convert_llama_moe(dense_model(LLAMA), stats_for(config, directory), config)
 
 
@@ -62,7 +62,7 @@ def test_factor_is_experts_over_chosen():
 def test_calibrated_factor_makes_outputs_as_long_as_the_dense_ones(tmp_path):
     model, results = convert(tmp_path / "stats", active=0.5, scale="calibrated")
     assert results["scale_per_layer"] != [2.0, 2.0]
-    stats = stats_for(LLaMAMoE(scale="calibrated"), tmp_path / "stats")
+    stats = stats_for(LLaMAMoE(), tmp_path / "stats")
     for i, layer in enumerate(moe_layers(model)):
         h_TD = stats.layer(i)["inputs.h_TD"].float()
         ours = layer(h_TD).norm(dim=1).mean()
@@ -91,7 +91,7 @@ def test_every_partition_is_an_exact_cut(partition, tmp_path):
         if ability.startswith("package:"):
             pytest.importorskip(ability.removeprefix("package:"))
     if partition == "importance-by-domain":
-        config = LLaMAMoE(experts=4, partition=partition)
+        config = LLaMAMoE(experts=4, partition=partition, scale="blocks")
         model, _ = convert_llama_moe(dense_model(LLAMA), Importances(), config)
     else:
         model, _ = convert(tmp_path, partition=partition)
@@ -122,7 +122,7 @@ def test_residual_part_holds_what_most_domains_want():
     wanted = torch.arange(3, 27, 2)
     for value_CF in stats.values:
         value_CF[:, wanted] += 5.0
-    config = LLaMAMoE(experts=4, shared=1, partition="importance-by-domain")
+    config = LLaMAMoE(experts=4, shared=1, partition="importance-by-domain", scale="blocks")
     assert config.collectors() == ("gradients",)
     model, _ = convert_llama_moe(dense_model(LLAMA), stats, config)
     for layer, ffn in zip(moe_layers(model), read_all(dense_model(LLAMA)), strict=True):
@@ -139,6 +139,7 @@ def test_overlapping_experts_say_that_they_are_not_the_dense_model():
     config = LLaMAMoE(
         experts=4,
         shared=1,
+        scale="blocks",
         partition="importance-by-domain",
         partition_options={"sharing": "inner"},
     )
@@ -149,7 +150,10 @@ def test_overlapping_experts_say_that_they_are_not_the_dense_model():
 
 def test_wrong_number_of_domains_is_refused():
     config = LLaMAMoE(
-        experts=4, partition="importance-by-domain", partition_options={"sharing": "inner"}
+        experts=4,
+        scale="blocks",
+        partition="importance-by-domain",
+        partition_options={"sharing": "inner"},
     )
     with pytest.raises(InputError, match=r"4 experts need as many domains, the text has 3"):
         convert_llama_moe(dense_model(LLAMA), Importances(), config)
@@ -219,7 +223,7 @@ def test_what_does_not_divide_the_network_is_refused_before_it_is_touched():
 
 
 def test_collectors_follow_the_settings():
-    config = LLaMAMoE(partition="coactivation", scale="calibrated")
+    config = LLaMAMoE(partition="coactivation")
     assert config.collectors() == ("inputs", "neurons")
     assert dataclasses.replace(config, scale="blocks").collectors() == ("neurons",)
     assert "adjacency" in COLLECTORS
@@ -229,7 +233,7 @@ def test_text_is_read_once_for_all(tmp_path):
     # What `moesaic.convert` does: no statistics given, text given.
     import moesaic as mo
 
-    config = mo.LLaMAMoE(experts=4, scale="calibrated")
+    config = mo.LLaMAMoE(experts=4)
     model = mo.convert(
         dense_model(LLAMA),
         config,

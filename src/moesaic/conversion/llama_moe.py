@@ -16,6 +16,7 @@ Shapes: F neurons of the network, D model width, T tokens.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,8 +39,9 @@ from moesaic.models.ffn import FFN
 from moesaic.nn.layer import LayerConfig, moe_layers
 from moesaic.nn.routers.noisy_top_k import NoisyTopK
 
-# Tokens whose outputs are measured at a time.
-_CHUNK = 1024
+# Tokens whose outputs are measured, enough for a mean, and at a time.
+_TOKENS = 2048
+_CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +60,10 @@ class LLaMAMoE:
             paper's best when much training follows.
         partition_options: Its settings.
         gate: How the router scores: `mlp` (the paper) or `linear`, which starts at zero.
-        scale: Factor on the routed experts, whose weights sum to one. `blocks` (the released
-            models) is their number over the chosen number; `calibrated` makes the routed output of
-            each layer as long, on average, as that of all routed experts.
+        scale: Factor on the routed experts, whose weights sum to one. `calibrated` (ours as the
+            default) makes the routed output of each layer as long, on average, as that of all
+            routed experts. `blocks` (the released models) is E / k, so that each of k experts
+            weighs about E / k^2: 2 for 2 of 8, but 0.22 for 6 of 8.
         balance_coef: Weight of the balance losses in training, importance and load each; 0.01 is
             the paper's.
         seed: Of the partition and the random routers.
@@ -72,7 +75,7 @@ class LLaMAMoE:
     partition: str = "random"
     partition_options: Mapping[str, Any] = field(default_factory=dict)
     gate: Literal["mlp", "linear"] = "mlp"
-    scale: Literal["blocks", "calibrated"] = "blocks"
+    scale: Literal["blocks", "calibrated"] = "calibrated"
     balance_coef: float = 0.01
     seed: int = 0
 
@@ -115,8 +118,8 @@ class LLaMAMoE:
 
 PRESETS: dict[str, LLaMAMoE] = {
     "default": LLaMAMoE(),
-    "paper": LLaMAMoE(experts=8, active=0.25),
-    "paper-4-of-16": LLaMAMoE(experts=16, active=0.25),
+    "paper": LLaMAMoE(experts=8, active=0.25, scale="blocks"),
+    "paper-4-of-16": LLaMAMoE(experts=16, active=0.25, scale="blocks"),
 }
 
 
@@ -216,6 +219,7 @@ def length_ratio(cut: Cut, h_TD: Tensor) -> float:
     # Without noise, as the model will run.
     router.eval()
     dense = chosen = 0.0
+    h_TD = h_TD[:: math.ceil(len(h_TD) / _TOKENS)]
     for piece_TD in h_TD.split(_CHUNK):
         h = piece_TD.to(cut.ffn.up_FD)
         dense += float(experts(h, None).float().norm(dim=1).sum())
