@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from moesaic.compression.pruning.flap import FLAP
     from moesaic.conversion.api import convert
     from moesaic.conversion.dsmoe import DSMoE
+    from moesaic.conversion.llama_moe import LLaMAMoE
+    from moesaic.conversion.sparse_upcycling import SparseUpcycling
     from moesaic.data import DataConfig, prepare
     from moesaic.evaluation import EvaluationConfig, evaluate
     from moesaic.models.checkpoint import load, load_dense, save
@@ -28,9 +30,11 @@ _HOMES = {
     "DataConfig": "moesaic.data",
     "EvaluationConfig": "moesaic.evaluation",
     "FLAP": "moesaic.compression.pruning.flap",
+    "LLaMAMoE": "moesaic.conversion.llama_moe",
     "LayerConfig": "moesaic.nn.layer",
     "MoELayer": "moesaic.nn.layer",
     "Routing": "moesaic.nn.routing",
+    "SparseUpcycling": "moesaic.conversion.sparse_upcycling",
     "TrainConfig": "moesaic.training",
     "all_experts_on": "moesaic.nn.layer",
     "calibrate": "moesaic.calibration",
@@ -50,9 +54,11 @@ __all__ = [
     "DSMoE",
     "DataConfig",
     "EvaluationConfig",
+    "LLaMAMoE",
     "LayerConfig",
     "MoELayer",
     "Routing",
+    "SparseUpcycling",
     "TrainConfig",
     "__version__",
     "all_experts_on",

@@ -70,6 +70,30 @@ def test_neurons_by_hand():
     assert got["coactivation_FF"].tolist() == [[5.0, 6.0], [6.0, 8.0]]
 
 
+def test_adjacency_by_hand():
+    """Values |h|: groups of 8 tokens; what a group holds of a pair counts at most once."""
+    ffn = read_all(dense_model(LLAMA))[0]._replace(
+        gate_FD=None, up_FD=torch.eye(2), down_DF=torch.eye(2), activation="relu"
+    )
+    h_TD = torch.zeros(18, 2)
+    # First group: 0.25 * 0.5 = 0.125 for the pair; squares 0.0625 + 4, which counts 1, and 0.25.
+    h_TD[0] = torch.tensor([0.25, 0.5])
+    h_TD[7] = torch.tensor([2.0, -1.0])
+    # Second: 0.5 twice, which is 0.5; the last two tokens are a group: 3 * 4, which counts 1.
+    h_TD[8] = h_TD[9] = torch.tensor([0.5, 0.5])
+    h_TD[17] = torch.tensor([3.0, 4.0])
+    got = collect("adjacency", ffn, h_TD)["adjacency_FF"]
+    assert got.tolist() == [[1 + 0.5 + 1, 0.125 + 0.5 + 1], [0.125 + 0.5 + 1, 0.25 + 0.5 + 1]]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_adjacency(case):
+    ffn = read_all(dense_model(case))[0]
+    a_TF = ffn.neurons(inputs()).abs()
+    want = sum((g_TF.T @ g_TF).clamp(max=1.0) for g_TF in a_TF.split(8))
+    torch.testing.assert_close(collect("adjacency", ffn, inputs(), 10)["adjacency_FF"], want)
+
+
 def test_variance_is_never_negative():
     ffn = read_all(dense_model(LLAMA))[0]
     h_TD = inputs(1).expand(1000, DIM) * 30
@@ -142,9 +166,9 @@ def test_expert_without_tokens_is_an_error():
         collect("routes", moe, inputs())
 
 
-@pytest.mark.parametrize("name", ["grams", "inputs", "moments", "neurons", "routes"])
+@pytest.mark.parametrize("name", list(COLLECTORS))
 def test_chunks_change_nothing(name):
-    dense = name in ("inputs", "moments", "neurons")
+    dense = name not in ("grams", "routes")
     source = read_all(dense_model(LLAMA))[0] if dense else moe_layers(converted(LLAMA))[0].eval()
     whole = collect(name, source, inputs())
     for chunk in (1, 20, 62):
@@ -153,7 +177,7 @@ def test_chunks_change_nothing(name):
             torch.testing.assert_close(pieces[key], value, rtol=1e-5, atol=1e-5, msg=key)
 
 
-@pytest.mark.parametrize("name", ["neurons", "grams", "routes"])
+@pytest.mark.parametrize("name", ["adjacency", "neurons", "grams", "routes"])
 def test_wrong_kind_of_layer(name):
     plain = LayerConfig(num_experts=0, shared_width=WIDTH)
     source = MoELayer(DIM, plain)
@@ -164,6 +188,8 @@ def test_wrong_kind_of_layer(name):
 @pytest.mark.parametrize(
     ("name", "num_bytes"),
     [
+        # T is 7 groups and 7 tokens that are held.
+        ("adjacency", 4 * WIDTH * (2 * WIDTH + 7)),
         ("inputs", 2 * T * DIM),
         ("moments", 4 * DIM * (DIM + 1)),
         ("neurons", 4 * WIDTH * (WIDTH + 4)),
@@ -172,7 +198,7 @@ def test_wrong_kind_of_layer(name):
     ],
 )
 def test_memory_is_what_the_collector_says(name, num_bytes):
-    dense = name in ("inputs", "moments", "neurons")
+    dense = name not in ("grams", "routes")
     source = read_all(dense_model(LLAMA))[0] if dense else moe_layers(converted(LLAMA))[0].eval()
     collector = COLLECTORS[name](source)
     with torch.no_grad():

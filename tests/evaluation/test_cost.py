@@ -69,6 +69,7 @@ def test_routed_flops_are_those_of_a_forward(model_type, shared):
         ("topk-softmax", {"top_k": 3}),
         ("top-p", {"threshold": 0.5}),
         ("null-experts", {"num_null": 3, "top_k": 3}),
+        ("noisy-top-k", {"top_k": 3}),
     ],
 )
 def test_flops_with_every_router(router, options):

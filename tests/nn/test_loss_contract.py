@@ -30,9 +30,23 @@ MASK_BS = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 0, 1, 1]], dtyp
 
 
 def routed(router: str, *, seed: int = 1, num_tokens: int = B * S):
-    """A routing whose scores are a leaf."""
-    routing = make_router(router, E).train()(tokens(num_tokens, seed=seed))
-    return dataclasses.replace(routing, scores_TE=routing.scores_TE.detach().requires_grad_())
+    """A routing whose scores and weights are leaves."""
+    torch.manual_seed(seed)
+    return cut_off(make_router(router, E).train()(tokens(num_tokens, seed=seed)))
+
+
+def cut_off(routing):
+    return dataclasses.replace(
+        routing,
+        scores_TE=routing.scores_TE.detach().requires_grad_(),
+        weights_TK=routing.weights_TK.detach().requires_grad_(),
+    )
+
+
+def gradients(routing):
+    """Of what the loss read, scores or weights."""
+    grads = [routing.scores_TE.grad, routing.weights_TK.grad]
+    return [grad for grad in grads if grad is not None]
 
 
 def test_every_loss_has_a_router():
@@ -47,8 +61,8 @@ def test_is_a_float32_scalar_that_teaches(loss, options, router):
     assert value.dtype == torch.float32
     assert value > 0
     value.backward()
-    assert routing.scores_TE.grad.isfinite().all()
-    assert routing.scores_TE.grad[MASK_BS.flatten()].any()
+    assert all(grad.isfinite().all() for grad in gradients(routing))
+    assert any(grad[MASK_BS.flatten()].any() for grad in gradients(routing))
 
 
 @each_pair
@@ -56,7 +70,7 @@ def test_padding_gets_no_gradient_and_changes_nothing(loss, options, router):
     routing, function = routed(router), make_loss(loss, **options)
     value = function(routing, MASK_BS)
     value.backward()
-    assert not routing.scores_TE.grad[~MASK_BS.flatten()].any()
+    assert not any(grad[~MASK_BS.flatten()].any() for grad in gradients(routing))
     other = routed(router, seed=9)
     mask_T1 = MASK_BS.flatten().unsqueeze(1)
     swapped = dataclasses.replace(
@@ -74,7 +88,7 @@ def test_nothing_but_padding_is_zero(loss, options, router):
     value = make_loss(loss, **options)(routing, torch.zeros_like(MASK_BS))
     assert value.item() == 0.0
     value.backward()
-    assert not routing.scores_TE.grad.any()
+    assert not any(grad.any() for grad in gradients(routing))
 
 
 @each_pair
@@ -102,12 +116,11 @@ def test_order_of_tokens_in_a_sequence_does_not_matter(loss, options, router):
 
 @each_pair
 def test_saturated_scores_stay_finite(loss, options, router):
-    routing = make_router(router, E, spread_out=1e4).train()(tokens(B * S))
-    routing = dataclasses.replace(routing, scores_TE=routing.scores_TE.detach().requires_grad_())
+    routing = cut_off(make_router(router, E, spread_out=1e4).train()(tokens(B * S)))
     value = make_loss(loss, **options)(routing, MASK_BS)
     value.backward()
     assert value.isfinite()
-    assert routing.scores_TE.grad.isfinite().all()
+    assert all(grad.isfinite().all() for grad in gradients(routing))
 
 
 def test_entropy_by_hand():
@@ -179,3 +192,38 @@ def test_sparsity_by_hand():
     # The straight-through variant has the same value.
     through = make_loss("sparsity", of="straight-through")
     assert through(routing, mask_BS).item() == pytest.approx(1.35 / 4)
+
+
+def test_importance_by_hand():
+    # Weights are one: expert 0 gets 3 tokens, expert 1 gets 1. Mean 2, variance 1: 1 / 4.
+    routing = hand_routing(PROBS.log(), [[0], [0], [1], [0]])
+    mask_BS = torch.ones(2, 2, dtype=torch.bool)
+    assert make_loss("importance")(routing, mask_BS).item() == pytest.approx(0.25)
+    # A factor on all weights changes nothing.
+    scaled = dataclasses.replace(routing, weights_TK=5.0 * routing.weights_TK)
+    assert make_loss("importance")(scaled, mask_BS).item() == pytest.approx(0.25)
+    # Weights 3/4, 1/2, 3/4 and 1/2: sums 7/4 and 3/4, mean 5/4, deviation 1/2: 4 / 25.
+    weights_TK = torch.tensor([[0.75], [0.5], [0.75], [0.5]])
+    weighed = dataclasses.replace(routing, weights_TK=weights_TK)
+    assert make_loss("importance")(weighed, mask_BS).item() == pytest.approx(0.16)
+    # Without the third token all is expert 0's: mean 7/8, deviation 7/8.
+    mask_BS = torch.tensor([[True, True], [False, True]])
+    assert make_loss("importance")(weighed, mask_BS).item() == pytest.approx(1.0)
+
+
+def test_load_by_hand():
+    # Two more columns: deviations inside the top k. The normal distribution is 1/2 at 0, 0.8413447
+    # at 1 and 0.1586553 at -1. Sums 1/2 + 0.8413447 and 1/2 + 0.1586553, which is 1 +- 0.3413447.
+    scores_TE = torch.tensor([[3.0, 1.0, 0.0, 0.0], [3.0, 1.0, 1.0, -1.0]])
+    routing = hand_routing(scores_TE, [[0], [0]], num_experts=2)
+    mask_BS = torch.ones(1, 2, dtype=torch.bool)
+    assert make_loss("load")(routing, mask_BS).item() == pytest.approx(0.3413447**2)
+    mask_BS = torch.tensor([[True, False]])
+    assert make_loss("load")(routing, mask_BS).item() == pytest.approx(0.0, abs=1e-7)
+
+
+def test_load_without_noise_counts_tokens():
+    # 3 tokens and 1: mean 2, variance 1.
+    routing = hand_routing(PROBS.log(), [[0], [0], [1], [0]])
+    mask_BS = torch.ones(2, 2, dtype=torch.bool)
+    assert make_loss("load")(routing, mask_BS).item() == pytest.approx(0.25)

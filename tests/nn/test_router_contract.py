@@ -58,6 +58,12 @@ def test_half_precision_decides_as_float32_does(name):
         assert torch.equal(routing.weights_TK, expected.weights_TK)
 
 
+def seeded(router, h_TD):
+    """Route from one state of the global generator, which noise may be drawn from."""
+    torch.manual_seed(0)
+    return router(h_TD)
+
+
 def autocast(router, h_TD):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return router(h_TD)
@@ -67,7 +73,10 @@ def autocast(router, h_TD):
 def test_training_and_evaluation_weigh_alike(name):
     router, h_TD = make_router(name, E), tokens(63)
     train, evaluate = router.train()(h_TD), router.eval()(h_TD)
-    if "batch-in-training" in ROUTERS[name].abilities:
+    if "noise-in-training" in ROUTERS[name].abilities:
+        assert not torch.equal(train.scores_TE[:, :E], evaluate.scores_TE)
+        assert torch.equal(router(h_TD).scores_TE, evaluate.scores_TE)
+    elif "batch-in-training" in ROUTERS[name].abilities:
         # It then decides by other tokens too, but scores alike.
         assert torch.equal(train.scores_TE, evaluate.scores_TE)
     else:
@@ -111,6 +120,9 @@ def test_renumbering_experts_renumbers_the_routing(name):
         for parameter in router.parameters():
             # Rows after E are those of null experts.
             parameter[:E] = parameter[:E][order_E].clone()
+            if parameter.shape == (E, E):
+                # It reads what experts scored before.
+                parameter.copy_(parameter[:, order_E].clone())
     after = router(h_TD)
     torch.testing.assert_close(after.weights_TE(), before.weights_TE()[:, order_E])
     torch.testing.assert_close(after.scores_TE[:, :E], before.scores_TE[:, :E][:, order_E])
@@ -155,7 +167,7 @@ def test_plain_routers_ignore_the_state(name):
 def test_routing_is_pure(name):
     router, h_TD = make_router(name, E).train(), tokens(63)
     before = copy.deepcopy(router.state_dict())
-    first, second = router(h_TD), router(h_TD)
+    first, second = (seeded(router, h_TD) for _ in range(2))
     assert torch.equal(first.weights_TE(), second.weights_TE())
     for key, value in router.state_dict().items():
         assert torch.equal(value, before[key]), key
@@ -212,6 +224,10 @@ def test_fresh_weights_are_small_and_differ(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("noisy-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
+        ("noisy-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
+        ("noisy-top-k", {"scale": 0.0}, r"scale must be above 0, got 0.0; num_experts / top_k"),
+        ("noisy-top-k", {"gate": "liner"}, r"'liner' is unknown; did you mean linear"),
         ("null-experts", {"num_null": -1}, r"num_null must be at least 0, got -1"),
         ("null-experts", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         (

@@ -19,6 +19,9 @@ from moesaic.models.ffn import FFN
 from moesaic.nn.layer import MoELayer
 from moesaic.ops.weights import ExpertWeights
 
+# Tokens whose co-activation counts at most once.
+_GROUP = 8
+
 
 class Collector(Protocol):
     """Gathers one kind of statistics of one layer."""
@@ -79,17 +82,12 @@ class Neurons:
     """
 
     def __init__(self, ffn: FFN | MoELayer) -> None:
-        if isinstance(ffn, MoELayer):
-            raise InputError(
-                "collector 'neurons' needs a dense network, got a converted layer; give the dense "
-                "parent"
-            )
-        self.ffn = ffn
-        self.norm_F = ffn.down_DF.float().norm(dim=0)
+        self.ffn = _dense("neurons", ffn)
+        self.norm_F = self.ffn.down_DF.float().norm(dim=0)
         self.sum_F = torch.zeros_like(self.norm_F)
         self.square_F = torch.zeros_like(self.norm_F)
         self.value_F = torch.zeros_like(self.norm_F)
-        self.sum_FF = self.norm_F.new_zeros(ffn.width, ffn.width)
+        self.sum_FF = self.norm_F.new_zeros(self.ffn.width, self.ffn.width)
         self.count = 0
 
     def update(self, h_TD: Tensor) -> None:
@@ -113,6 +111,36 @@ class Neurons:
             "mean_F": mean_F,
             "variance_F": (square_F - mean_F.square()).clamp_(min=0),
         }
+
+
+class Adjacency:
+    """How often neurons are strong together, a group of 8 tokens at a time: 8 * F * F bytes.
+
+    The graph of MoEfication, arXiv 2110.01786, as its released code counts it: the products of the
+    values of two neurons, summed over the tokens of a group and at most 1, summed over groups. Its
+    values are those of a ReLU; ours are absolute, which is the same there. Slow: every group passes
+    over the whole matrix.
+    """
+
+    def __init__(self, ffn: FFN | MoELayer) -> None:
+        self.ffn = _dense("adjacency", ffn)
+        self.sum_FF = torch.zeros(self.ffn.width, self.ffn.width, device=self.ffn.up_FD.device)
+        self.group_FF = torch.empty_like(self.sum_FF)
+        self.rest_TF = self.sum_FF.new_empty(0, self.ffn.width)
+
+    def update(self, h_TD: Tensor) -> None:
+        """Add the groups that are whole and hold the rest."""
+        size_TF = torch.cat([self.rest_TF, self.ffn.neurons(h_TD).float().abs()])
+        whole = len(size_TF) - len(size_TF) % _GROUP
+        for group_TF in size_TF[:whole].split(_GROUP):
+            torch.mm(group_TF.T, group_TF, out=self.group_FF)
+            self.sum_FF += self.group_FF.clamp_(max=1.0)
+        self.rest_TF = size_TF[whole:].clone()
+
+    def result(self) -> dict[str, Tensor]:
+        """`adjacency_FF`; the last tokens are a smaller group."""
+        last_FF = (self.rest_TF.T @ self.rest_TF).clamp_(max=1.0)
+        return {"adjacency_FF": self.sum_FF + last_FF}
 
 
 class Grams:
@@ -175,13 +203,24 @@ class Routes:
         return {"ids_TK": ids_TK, "weights_TK": torch.cat(self.weights)}
 
 
-COLLECTORS: dict[str, type[Inputs | Moments | Neurons | Grams | Routes]] = {
+COLLECTORS: dict[str, type[Adjacency | Inputs | Moments | Neurons | Grams | Routes]] = {
+    "adjacency": Adjacency,
     "grams": Grams,
     "inputs": Inputs,
     "moments": Moments,
     "neurons": Neurons,
     "routes": Routes,
 }
+
+
+def _dense(collector: str, ffn: FFN | MoELayer) -> FFN:
+    """Refuse a layer that is no dense network any more."""
+    if isinstance(ffn, MoELayer):
+        raise InputError(
+            f"collector {collector!r} needs a dense network, got a converted layer; give the dense "
+            "parent"
+        )
+    return ffn
 
 
 def block_neurons(h_TD: Tensor, weights: ExpertWeights) -> Tensor:

@@ -231,6 +231,7 @@ def _bytes_needed(model: PreTrainedModel, sample: TokenBlocks, collectors: tuple
     # GPT-2 and Qwen name their width otherwise or not at all; four times D is the common case.
     width = getattr(model.config, "intermediate_size", None) or 4 * dim
     per_layer = {
+        "adjacency": 4 * width * width,
         "gradients": 4 * width * (2 + len(sample.domains)),
         "inputs": 2 * num_tokens * dim,
         "moments": 4 * dim * dim,

@@ -1,6 +1,6 @@
 """What every conversion does: check, convert layer by layer, go on after an interruption.
 
-Shapes: F neurons of the dense network, N neurons of the layer it becomes.
+Shapes: F neurons of the dense network, N neurons of the layer it becomes, D model width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moesaic._errors import InputError
 from moesaic._files import atomic_write
 from moesaic._progress import SILENT, Progress
 from moesaic.calibration.stats import CalibrationStats
-from moesaic.conversion.partition._base import PartitionInput
+from moesaic.conversion.partition._base import COLLECTORS, PartitionInput, require_package
 from moesaic.conversion.partition._table import PARTITIONS
 from moesaic.models.architectures import ARCHITECTURES, architecture_of
 from moesaic.models.ffn import FFN, decoder_layers, fill_experts, put_layer, read_ffn
@@ -56,23 +56,62 @@ class Cut:
         self.order_N = order_N
         fill_experts(self.moe, self.ffn.keep(order_N))
 
-    def partition(self, name: str, options: Any, num_experts: int, seed: int) -> Tensor:
-        """Order the network's neurons by a registered partition, [F]."""
-        neurons = {
-            key.removeprefix("neurons."): value
-            for key, value in self.measured.items()
-            if key.startswith("neurons.")
+    def fresh_router(self, seed: int) -> None:
+        """Draw the router's first weights, from the seed and the layer's index alone."""
+        assert self.moe.router is not None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + self.index)
+            self.moe.router.reset_parameters()
+
+    @property
+    def exact(self) -> bool:
+        """Whether every neuron has one place, so that all experts together are the network."""
+        assert self.order_N is not None
+        return torch.equal(
+            self.order_N.sort().values.cpu(), torch.arange(self.ffn.width, dtype=torch.int64)
+        )
+
+    def partition(
+        self, name: str, options: Any, num_experts: int, seed: int, *, num_shared: int = 0
+    ) -> Tensor:
+        """Order the network's neurons by a registered partition, [F].
+
+        Args:
+            name: Of the partition.
+            options: Its settings.
+            num_experts: Blocks to cut, the shared ones included.
+            seed: Of its random choices.
+            num_shared: Blocks at the front that are always on.
+        """
+        stats = {
+            statistic: self.measured[f"{collector}.{statistic}"]
+            for statistic, collector in COLLECTORS.items()
+            if f"{collector}.{statistic}" in self.measured
         }
         source = PartitionInput(
             num_experts=num_experts,
             num_neurons=self.ffn.width,
             up_FD=self.ffn.up_FD,
             gate_FD=self.ffn.gate_FD,
-            stats=neurons,
+            stats=stats,
             seed=seed,
+            num_shared=num_shared,
         )
         order_F: Tensor = PARTITIONS.load(name)(source, options)
         return order_F
+
+
+def partition_collectors(name: str) -> set[str]:
+    """Name the calibration collectors that a registered partition needs.
+
+    Raises:
+        InputError: If it needs a package that is not installed; better now than after calibration.
+    """
+    abilities = [ability.partition(":")[::2] for ability in PARTITIONS[name].abilities]
+    for kind, package in abilities:
+        if kind == "package":
+            require_package(name, package)
+    return {what for kind, what in abilities if kind == "needs" and what != "weights"}
 
 
 def expert_layer(ffn: FFN, **values: Any) -> LayerConfig:
@@ -128,6 +167,7 @@ def convert_layers(
         raise InputError("the model is converted already; give its dense parent")
     layers = decoder_layers(model)
     activation = getattr(model.config, row.activation)
+    dim = model.config.hidden_size
     specs = [describe(read_ffn(layer, row, activation)) for layer in layers]
     if collectors:
         if stats is None:
@@ -135,8 +175,8 @@ def convert_layers(
                 f"{method} with these settings needs calibration of {', '.join(collectors)}"
             )
         stats.require(*collectors, by=method, num_layers=len(layers))
+        _check_sizes(stats, {"F": read_ffn(layers[0], row, activation).width, "D": dim})
 
-    dim = model.config.hidden_size
     adopt(
         model,
         {
@@ -146,23 +186,41 @@ def convert_layers(
         },
     )
     kept: list[Mapping[str, Tensor]] = []
+    exact = True
     with progress.stage("convert", len(layers), "layers") as stage:
         for index, (layer, spec) in enumerate(zip(layers, specs, strict=True)):
             ffn = read_ffn(layer, row, activation)
-            moe = MoELayer(dim, spec).to(ffn.up_FD.dtype)
+            # What is drawn here is overwritten; the caller's random numbers must not move.
+            with torch.random.fork_rng(devices=[]):
+                moe = MoELayer(dim, spec).to(ffn.up_FD.dtype)
             file = None if store is None else store / f"layer_{index:03d}.safetensors"
+            cut = Cut(index=index, ffn=ffn, moe=moe)
             if file is not None and file.is_file():
-                kept.append(_take_up(Cut(index=index, ffn=ffn, moe=moe), load_file(file)))
+                kept.append(_take_up(cut, load_file(file)))
             else:
-                measured = stats.layer(index) if stats is not None and collectors else {}
-                cut = Cut(index=index, ffn=ffn, moe=moe, measured=measured)
+                if stats is not None and collectors:
+                    cut.measured = stats.layer(index)
                 kept.append(convert(cut))
                 if file is not None:
                     _keep(cut, kept[-1], file)
+            exact = exact and cut.exact
             put_layer(layer, row, moe.to(ffn.up_FD.device).eval())
             stage.advance()
+    # Tells training whether the model holds its own teacher.
+    model.config.moesaic["exact"] = exact
     model.eval()
     return kept
+
+
+def _check_sizes(stats: CalibrationStats, sizes: Mapping[str, int]) -> None:
+    """Refuse statistics of a network of another size; names end in the letters of their axes."""
+    for key, value in stats.layer(0).items():
+        for letter, size in zip(key.rpartition("_")[2], value.shape, strict=False):
+            if sizes.get(letter, size) != size:
+                raise InputError(
+                    f"{key} of {stats.directory} has {size} values on axis {letter}, the model "
+                    f"has {sizes[letter]}; calibrate this model"
+                )
 
 
 def _keep(cut: Cut, kept: Mapping[str, Tensor], file: Path) -> None:

@@ -1,4 +1,8 @@
-"""The conversions of a dense model into a mixture of experts, by name."""
+"""The conversions of a dense model into a mixture of experts, by name.
+
+Abilities: `cut`, all experts on is the dense model; `fixed-k`, every token uses exactly what was
+asked for; `gated-only`, networks without a gate are refused.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,23 @@ CONVERSIONS = MethodTable(
             config="moesaic.conversion.dsmoe:DSMoE",
             summary="FFN cut into blocks, each switched on or off per token by a sigmoid gate",
             paper="DSMoE, arXiv 2502.12455",
+            abilities=frozenset({"cut"}),
+        ),
+        MethodInfo(
+            name="llama-moe",
+            target="moesaic.conversion.llama_moe:convert_llama_moe",
+            config="moesaic.conversion.llama_moe:LLaMAMoE",
+            summary="FFN cut at random; noisy top-k routers, to be trained at length",
+            paper="LLaMA-MoE, arXiv 2406.16554",
+            abilities=frozenset({"cut", "fixed-k"}),
+        ),
+        MethodInfo(
+            name="sparse-upcycling",
+            target="moesaic.conversion.sparse_upcycling:convert_sparse_upcycling",
+            config="moesaic.conversion.sparse_upcycling:SparseUpcycling",
+            summary="Experts are copies of the FFN, whole or pruned, chosen by a random router",
+            paper="Sparse Upcycling, arXiv 2212.05055",
+            abilities=frozenset({"fixed-k"}),
         ),
     ],
 )

@@ -24,7 +24,7 @@ from moesaic._config import build_config, to_plain
 from moesaic._errors import InputError
 from moesaic._progress import SILENT, Progress
 from moesaic.calibration.stats import CalibrationStats
-from moesaic.conversion._layers import Cut, convert_layers, expert_layer
+from moesaic.conversion._layers import Cut, convert_layers, expert_layer, partition_collectors
 from moesaic.conversion.allocation import allocate
 from moesaic.conversion.gram_router import FRACTIONS, RouterFit, fit_router
 from moesaic.conversion.partition._base import validate_num_experts
@@ -116,11 +116,7 @@ class DSMoE:
 
     def collectors(self) -> tuple[str, ...]:
         """Names of the calibration collectors that these settings need."""
-        needs = {
-            ability.removeprefix("needs:")
-            for ability in PARTITIONS[self.partition].abilities
-            if ability.startswith("needs:") and ability != "needs:weights"
-        }
+        needs = partition_collectors(self.partition)
         if self.init == "gram" and self.active < 1.0:
             needs.add("inputs")
             if self.allocation == "sensitivity":

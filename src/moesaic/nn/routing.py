@@ -26,7 +26,8 @@ class Routing:
         ids_TK: Expert of each slot, [T, K] int64 in [0, E].
         weights_TK: Weight of each slot, [T, K]. A held slot of weight exactly 0 is computed in
             training, for its gradient, and counts as switched off.
-        scores_TE: What the router scored before deciding, raw. Null experts add columns after E.
+        scores_TE: What the router scored before deciding, raw. Null experts add columns after E,
+            as noise does in training.
         num_experts: E.
         aux: Scalar losses that only the router itself can compute, by name.
     """

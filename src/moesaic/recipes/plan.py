@@ -117,6 +117,7 @@ def _statistics(recipe: Recipe, config: Any, width: int) -> int:
     """Bytes that calibration writes, near enough to plan with."""
     tokens, dim = recipe.calibration.tokens, config.hidden_size
     sizes = {
+        "adjacency": 4 * width * width,
         "inputs": 2 * tokens * dim,
         "moments": 4 * dim * dim,
         "neurons": 4 * width * (width + 4),

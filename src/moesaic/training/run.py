@@ -65,6 +65,11 @@ def train(
         )
     if not any(layer.router is not None for layer in moe_layers(model)):
         raise InputError("the model has no routed layer to train; convert it first")
+    if config.distill > 0 and not model.config.moesaic.get("exact", True):
+        raise InputError(
+            "the model cannot be its own teacher: its experts overlap or are copies, so all of "
+            "them on is not the dense parent; set distill 0 and language 1"
+        )
     terms: dict[str, Any] = getattr(model, "loss_terms", {})
     if config.active > 0 and "sparsity" not in terms:
         raise InputError("a budget needs the sparsity loss; convert with sparse_coef, or active 0")

@@ -9,7 +9,10 @@ from moesaic.conversion.partition._base import PartitionInput
 
 def statistics(hidden_TF: Tensor, length_F: Tensor) -> dict[str, Tensor]:
     strength_TF = hidden_TF.abs()
+    groups = strength_TF.split(8)
     return {
+        "activation_importance_CF": torch.stack([s.mean(0) for s in strength_TF.chunk(4)]),
+        "adjacency_FF": torch.stack([(g.T @ g).clamp(max=1.0) for g in groups]).sum(0),
         "coactivation_FF": strength_TF.T @ strength_TF / len(hidden_TF),
         "activity_F": strength_TF.mean(0),
         "energy_F": ((hidden_TF * length_F) ** 2).mean(0),

@@ -23,7 +23,15 @@ def order(name, source, **settings):
 
 @pytest.fixture(params=list(PARTITIONS))
 def name(request):
+    for ability in PARTITIONS[request.param].abilities:
+        if ability.startswith("package:"):
+            pytest.importorskip(ability.removeprefix("package:"))
     return request.param
+
+
+def collectors_of(name):
+    needs = {a.removeprefix("needs:") for a in PARTITIONS[name].abilities if a[:6] == "needs:"}
+    return needs - {"weights"}
 
 
 @pytest.mark.parametrize(("num_neurons", "num_experts"), SIZES, ids=lambda v: str(v))
@@ -77,10 +85,19 @@ def test_the_seed_matters_only_where_it_is_declared(name):
         assert not differs
 
 
+def test_blocks_that_are_to_be_shared_come_first(name):
+    if name == "importance-by-domain":
+        return
+    source = random_source(48, 6)
+    shared = dataclasses.replace(source, num_shared=2)
+    assert torch.equal(order(name, shared), order(name, source))
+
+
 def test_missing_statistics_name_the_collector(name):
     source = dataclasses.replace(random_source(24, 4), stats={})
-    if "needs:neurons" in PARTITIONS[name].abilities:
-        with pytest.raises(InputError, match=r"needs the statistic \w+.*'neurons'"):
+    if needed := collectors_of(name):
+        named = "|".join(needed)
+        with pytest.raises(InputError, match=rf"needs the statistic \w+.*'({named})'"):
             order(name, source)
     else:
         order(name, source)
@@ -90,7 +107,7 @@ def test_statistics_that_are_not_finite_are_refused(name):
     source = random_source(24, 4)
     for stat in COLLECTORS:
         source.stats[stat][3] = torch.nan
-    if "needs:neurons" in PARTITIONS[name].abilities:
+    if collectors_of(name):
         with pytest.raises(InputError, match=r"has values that are not finite"):
             order(name, source)
     else:
@@ -127,6 +144,6 @@ def test_record_is_complete(name):
 def test_the_table_loads_without_torch():
     code = (
         "import sys; import moesaic.conversion.partition._table as t; "
-        "assert len(t.PARTITIONS) >= 5; assert 'torch' not in sys.modules"
+        "assert len(t.PARTITIONS) >= 7; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

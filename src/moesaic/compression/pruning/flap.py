@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from moesaic._files import atomic_write
 from moesaic._progress import SILENT, Progress
+from moesaic.calibration.fluctuation import fluctuation, mean_output
 from moesaic.calibration.stats import CalibrationStats
 from moesaic.compression.pruning._base import (
     Networks,
@@ -120,22 +121,6 @@ def prune_flap(
     return model.eval(), {"active": sum(widths) / sum(dense_widths), "widths": widths}
 
 
-def fluctuation(variance_F: Tensor, down_DF: Tensor) -> Tensor:
-    """Score every neuron by how much its contribution to the output varies.
-
-    FLAP's metric WIFV, arXiv 2312.11983: the variance of the neuron's value over tokens times the
-    squared length of its down column.
-
-    Args:
-        variance_F: Variance of the input of the down product, [F].
-        down_DF: Down matrix, [D, F].
-
-    Returns:
-        Scores in float32, [F].
-    """
-    return variance_F.float() * down_DF.float().square().sum(0).to(variance_F.device)
-
-
 def choose_widths(scores: Sequence[Tensor], config: FLAP) -> list[int]:
     """Decide how many neurons each layer keeps.
 
@@ -182,10 +167,4 @@ def _fill(moe: MoELayer, ffn: FFN, score_F: Tensor, mean_F: Tensor, *, compensat
     if not compensate or width == ffn.width:
         return
     assert moe.output_bias is not None
-    gone = order_F[width:]
-    mean_F = mean_F.to(ffn.down_DF.device)
-    moved_D = ffn.down_DF[:, gone].float() @ mean_F[gone]
-    # Summed in float32: a bias of half precision would swallow small contributions.
-    if ffn.down_bias_D is not None:
-        moved_D = moved_D + ffn.down_bias_D.float()
-    moe.output_bias.copy_(moved_D)
+    moe.output_bias.copy_(mean_output(ffn, mean_F, order_F[width:]))

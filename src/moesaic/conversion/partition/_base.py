@@ -1,10 +1,11 @@
 """What every partition takes and returns.
 
-Letters: F neurons of the dense FFN, D model width, E experts.
+Letters: F neurons of the dense FFN, D model width, E experts, C domains of the text.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,8 +17,10 @@ from moesaic._errors import InputError
 
 # Statistic -> the calibration collector that measures it.
 COLLECTORS = {
-    "coactivation_FF": "neurons",
+    "activation_importance_CF": "gradients",
     "activity_F": "neurons",
+    "adjacency_FF": "adjacency",
+    "coactivation_FF": "neurons",
     "energy_F": "neurons",
 }
 
@@ -27,14 +30,18 @@ class PartitionInput:
     """One dense FFN, seen from its neurons.
 
     Attributes:
-        num_experts: Blocks to cut; divides num_neurons.
+        num_experts: Blocks to cut, shared ones included; divides num_neurons.
         num_neurons: Width F of the FFN.
         up_FD: Rows of the up matrix (the first matrix of a plain FFN), one per neuron.
         gate_FD: Rows of the gate matrix; None for a plain FFN.
         stats: Measured on calibration text, for the methods that need it: `coactivation_FF`, the
             mean over tokens of |a_i| |a_j|, with a the input of the down matrix; `activity_F`, the
-            mean of |a_j|; `energy_F`, the mean of (a_j ||w_down_j||)^2.
+            mean of |a_j|; `energy_F`, the mean of (a_j ||w_down_j||)^2; `adjacency_FF`, how many
+            groups of 8 tokens both neurons were strong in; `activation_importance_CF`, the mean
+            over the tokens of domain c of |a_j dL/da_j|.
         seed: Seeds every random choice.
+        num_shared: Blocks at the front that are to be always on. Most methods cut as ever; the
+            caller then shares their first blocks.
     """
 
     num_experts: int
@@ -43,11 +50,17 @@ class PartitionInput:
     gate_FD: Tensor | None = None
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
+    num_shared: int = 0
 
     def __post_init__(self) -> None:
         validate_num_experts(self.num_neurons, self.num_experts)
         if self.seed < 0:
             raise InputError(f"seed must be at least 0, got {self.seed}")
+        if not 0 <= self.num_shared < self.num_experts:
+            raise InputError(
+                f"shared must be in [0, {self.num_experts}), the blocks there are, got "
+                f"{self.num_shared}; leave some to the router"
+            )
         for name, rows_FD in (("up_FD", self.up_FD), ("gate_FD", self.gate_FD)):
             if rows_FD is not None and (rows_FD.ndim != 2 or len(rows_FD) != self.num_neurons):
                 raise InputError(
@@ -55,8 +68,10 @@ class PartitionInput:
                     f"got the shape {tuple(rows_FD.shape)}"
                 )
         for name in COLLECTORS.keys() & self.stats.keys():
-            expected = (self.num_neurons,) * (2 if name.endswith("_FF") else 1)
             got = tuple(self.stats[name].shape)
+            # One axis for each letter; there may be any number of domains.
+            axes = zip(name.rpartition("_")[2], (*got, 0, 0), strict=False)
+            expected = tuple(self.num_neurons if axis == "F" else size for axis, size in axes)
             if got != expected:
                 raise InputError(f"the statistic {name} must have the shape {expected}, got {got}")
 
@@ -94,7 +109,21 @@ class Partition(Protocol):
         Returns:
             The permutation, (F,) int64 on the CPU: position p of the new order holds the old neuron
             permutation[p], and expert e owns the positions e * F / E to (e + 1) * F / E - 1.
+            Where its settings let experts overlap, the old neurons are no permutation.
         """
+
+
+def require_package(partition: str, package: str) -> None:
+    """Refuse to go on without an optional package.
+
+    Raises:
+        InputError: Naming it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise InputError(
+            f"partition {partition!r} needs {package}, which is not installed; "
+            f"pip install {package}"
+        )
 
 
 def validate_num_experts(num_neurons: int, num_experts: int) -> None:

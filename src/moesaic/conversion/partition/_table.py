@@ -1,6 +1,7 @@
 """The partitions, by name; importing this loads neither torch nor any method.
 
-An ability `needs:<collector>` tells the caller which statistics to collect for the defaults.
+An ability `needs:<collector>` tells the caller which statistics to collect for the defaults, and
+`package:<name>` which optional package the method uses.
 """
 
 from __future__ import annotations
@@ -19,6 +20,14 @@ PARTITIONS = MethodTable(
             abilities=frozenset({"needs:neurons"}),
         ),
         MethodInfo(
+            name="coactivation-graph",
+            target="moesaic.conversion.partition.coactivation_graph:coactivation_graph",
+            config="moesaic.conversion.partition.coactivation_graph:CoactivationGraphConfig",
+            summary="A graph of co-activation cut by METIS, as in MoEfication",
+            paper="MoEfication, arXiv:2110.01786",
+            abilities=frozenset({"needs:adjacency", "package:pymetis"}),
+        ),
+        MethodInfo(
             name="contiguous",
             target="moesaic.conversion.partition.contiguous:contiguous",
             config="moesaic.conversion.partition.contiguous:ContiguousConfig",
@@ -32,6 +41,14 @@ PARTITIONS = MethodTable(
             summary="Neurons sorted by the energy they add; block 0 holds the strongest",
             paper="ours",
             abilities=frozenset({"needs:neurons"}),
+        ),
+        MethodInfo(
+            name="importance-by-domain",
+            target="moesaic.conversion.partition.importance_by_domain:importance_by_domain",
+            config="moesaic.conversion.partition.importance_by_domain:ImportanceByDomainConfig",
+            summary="Each expert takes the neurons whose gradients matter to one domain",
+            paper="LLaMA-MoE, arXiv:2406.16554",
+            abilities=frozenset({"needs:gradients"}),
         ),
         MethodInfo(
             name="random",

@@ -16,6 +16,21 @@ LOSSES = MethodTable(
             abilities=frozenset({"softmax"}),
         ),
         MethodInfo(
+            name="importance",
+            target="moesaic.nn.losses.importance:importance_loss",
+            config="moesaic.nn.losses._base:LossConfig",
+            summary="Squared variation of the sum of weights over experts",
+            paper="Sparsely-gated MoE, arXiv 1701.06538",
+        ),
+        MethodInfo(
+            name="load",
+            target="moesaic.nn.losses.load:load_loss",
+            config="moesaic.nn.losses._base:LossConfig",
+            summary="Squared variation of the expected number of tokens over experts",
+            paper="Sparsely-gated MoE, arXiv 1701.06538",
+            abilities=frozenset({"noise-in-training"}),
+        ),
+        MethodInfo(
             name="load-balance",
             target="moesaic.nn.losses.load_balance:load_balance_loss",
             config="moesaic.nn.losses.load_balance:LoadBalanceConfig",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +35,11 @@ class Router(nn.Module, ABC):
 
     Attributes:
         num_experts: E, the real experts.
+        training_only: Names of parameters that take no part in evaluation.
     """
 
     num_experts: int
+    training_only: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def forward(self, h_TD: Tensor, state: RouterState | None = None) -> Routing:

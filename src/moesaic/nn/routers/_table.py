@@ -16,6 +16,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"softmax", "top-k", "variable"}),
         ),
         MethodInfo(
+            name="noisy-top-k",
+            target="moesaic.nn.routers.noisy_top_k:NoisyTopK",
+            config="moesaic.nn.routers.noisy_top_k:NoisyTopKConfig",
+            summary="Top-k, in training of noisy scores; weights are a softmax of those kept",
+            paper="LLaMA-MoE, arXiv 2406.16554; Sparsely-gated MoE, arXiv 1701.06538",
+            abilities=frozenset({"top-k", "noise-in-training"}),
+        ),
+        MethodInfo(
             name="sigmoid-threshold",
             target="moesaic.nn.routers.sigmoid_threshold:SigmoidThreshold",
             config="moesaic.nn.routers.sigmoid_threshold:SigmoidThresholdConfig",
