@@ -11,8 +11,8 @@ from model_cases import LAYERS, ROWS, WIDTH, Case, dense_model, random_ids, read
 from moesaic._errors import InputError
 from moesaic.compression.pruning.flap import FLAP, prune_flap
 from moesaic.conversion.sparse_upcycling import SparseUpcycling, convert_sparse_upcycling
-from moesaic.evaluation.activity import token_fractions
-from moesaic.nn.layer import moe_layers, record_routing
+from moesaic.evaluation.activity import record_use, token_fractions
+from moesaic.nn.layer import moe_layers
 from moesaic.training import TrainConfig, train
 
 
@@ -59,9 +59,9 @@ def test_every_copy_is_the_network_and_every_router_its_own():
 @torch.no_grad()
 def test_active_counts_whole_copies():
     model, _ = convert(top_k=2, active=2.0)
-    with record_routing(model) as routings:
+    with record_use(model) as uses:
         model(random_ids())
-    assert set(token_fractions(model, routings, WIDTH).tolist()) == {2.0}
+    assert set(token_fractions(model, uses, WIDTH).tolist()) == {2.0}
 
 
 @torch.no_grad()
