@@ -100,6 +100,7 @@ def convert_layers(
     collectors: tuple[str, ...],
     describe: Callable[[FFN], LayerConfig],
     convert: Callable[[Cut], Mapping[str, Tensor]],
+    plan: Callable[[list[FFN]], list[LayerConfig]] | None = None,
     losses: Mapping[str, Any] | None = None,
     store: Path | None = None,
     progress: Progress = SILENT,
@@ -113,6 +114,8 @@ def convert_layers(
         collectors: What it needs to know of the model.
         describe: Gives the layer that a network becomes, or raises what does not fit.
         convert: Fills the layer and starts its router; what it gives is kept with the layer.
+        plan: Decides on all layers together, once `describe` took each and the statistics fit; they
+            are what `describe` gave if none.
         losses: Losses of the converted model, as in its config.
         store: Directory for finished layers; an interrupted conversion goes on after them.
         progress: Told of every layer.
@@ -135,6 +138,9 @@ def convert_layers(
                 f"{method} with these settings needs calibration of {', '.join(collectors)}"
             )
         stats.require(*collectors, by=method, num_layers=len(layers))
+
+    if plan is not None:
+        specs = plan([read_ffn(layer, row, activation) for layer in layers])
 
     dim = model.config.hidden_size
     adopt(
