@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, normalize
@@ -216,7 +215,8 @@ def share_parts(
     )
     # Ascending within a layer, so the lowest are the first parts of their layers.
     chosen = middle_LP.flatten().argsort(stable=True)[:total]
-    return torch.bincount(chosen // max(1, most), minlength=len(variations)).tolist()
+    shares: list[int] = torch.bincount(chosen // max(1, most), minlength=len(variations)).tolist()
+    return shares
 
 
 def _describe(ffn: FFN, config: ExpertWeaver, num_shared: int) -> LayerConfig:
@@ -247,7 +247,7 @@ def _convert_layer(cut: Cut, activity_GF: Tensor, seed: int) -> dict[str, Tensor
     # Of unit length: which segments a neuron is active in, not how often it is.
     profile_RG = normalize(activity_GF[:, rest_R].T, dim=1)
     label_R = balanced_kmeans(
-        profile_RG.numpy().astype(np.float32),
+        profile_RG.numpy(),
         layer.num_experts,
         max_iterations=_KMEANS_ITERATIONS,
         seed=seed,
