@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from calibration_cases import LLAMA, Killed, Watch, make_text
-from model_cases import Case, dense_model, random_ids, read_all, same_state
+from model_cases import WIDTH, Case, dense_model, random_ids, same_state
 
 from moesaic._errors import InputError
 from moesaic.calibration import CalibrationConfig, calibrate
@@ -159,13 +159,10 @@ def test_all_active_is_the_dense_model(tmp_path):
     want = dense(ids).logits
     config = dataclasses.replace(CONFIG, experts=None, active=1.0)
     model, results = convert_moefication(dense, stats_for(config, tmp_path), config)
-    assert moe_layers(model)[0].config.num_experts == usual_experts(read_all_width())
+    assert moe_layers(model)[0].config.num_experts == usual_experts(WIDTH) == 2
     torch.testing.assert_close(model(ids).logits, want, atol=1e-5, rtol=1e-5)
     assert results["kept_per_layer"] == pytest.approx([1.0, 1.0], abs=1e-5)
 
-
-def read_all_width():
-    return read_all(dense_model(LLAMA))[0].width
 
 
 def test_an_interrupted_conversion_goes_on(tmp_path):

@@ -224,7 +224,8 @@ def fit_router(
     generator = torch.Generator().manual_seed(seed)
     order_T = torch.randperm(len(h_TD), generator=generator)
     num_held = max(1, round(len(h_TD) * _HELD))
-    held_T, train_T = order_T[:num_held], order_T[num_held:]
+    held_T = order_T[:num_held]
+    train_T = order_T[num_held:] if len(order_T) > num_held else held_T
     fitted = copy.deepcopy(router).float()
     optimizer = torch.optim.Adam(fitted.parameters(), lr=_LEARNING_RATE)
     best, best_state = -1.0, fitted.state_dict()
