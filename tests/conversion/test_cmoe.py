@@ -62,9 +62,7 @@ def test_cut_is_the_reference(num_experts, width, shared, seed):
     # Some neurons are far likelier than others, as in a network.
     keys = rng.random((30, num_neurons)) * rng.random(num_neurons) ** 3
     marks_TK = torch.from_numpy(np.argsort(-keys, axis=1)[:, :count].copy())
-    cut = cut_by_marks(
-        marks_TK, num_neurons, shared_width=shared * width, num_experts=num_experts
-    )
+    cut = cut_by_marks(marks_TK, num_neurons, shared_width=shared * width, num_experts=num_experts)
     # The paper's matrices, written out.
     marker_TF = torch.zeros(30, num_neurons).scatter(1, marks_TK, 1.0).numpy()
     rate_F = marker_TF.mean(0)
@@ -78,9 +76,7 @@ def test_cut_is_the_reference(num_experts, width, shared, seed):
     repeated = np.repeat(cost, width, axis=1)
     rows, columns = linear_sum_assignment(repeated)
     place = {neuron: i for i, neuron in enumerate(rest.tolist())}
-    got = sum(
-        cost[place[neuron], i // width] for i, neuron in enumerate(routed.tolist())
-    )
+    got = sum(cost[place[neuron], i // width] for i, neuron in enumerate(routed.tolist()))
     assert got == pytest.approx(repeated[rows, columns].sum())
     for expert, members in enumerate(routed.reshape(num_experts, width).numpy()):
         mean_T1 = marker_TF[:, members].mean(1, keepdims=True)
@@ -124,9 +120,7 @@ def test_all_active_is_the_dense_model_without_training(case, tmp_path):
         (CMoE(experts=8, active=0.5, shared=0), 0, 8, 4),
     ],
 )
-def test_cut_is_complete_and_every_token_uses_what_was_asked(
-    config, shared, routed, top_k, stats
-):
+def test_cut_is_complete_and_every_token_uses_what_was_asked(config, shared, routed, top_k, stats):
     dense, ids = dense_model(LLAMA), random_ids()
     want = dense(ids).logits
     model, results = convert_cmoe(dense, stats, config)
@@ -184,7 +178,10 @@ def test_paper_preset_is_s2a2e16():
         ({"experts": 0}, r"experts must be at least 1, got 0"),
         ({"marks": 0}, r"marks must be at least 1, got 0"),
         ({"seed": -1}, r"seed must be at least 0, got -1"),
-        ({"shared": 12}, r"shared must be in \[0, 12\), below the 12 experts that active=0.75"),
+        (
+            {"shared": 12},
+            r"shared must be in \[0, 12\), below the 12 of 16 experts that active=0.75",
+        ),
         ({"bias_step": -0.1}, r"bias_step must be at least 0, got -0.1"),
     ],
 )
@@ -195,7 +192,9 @@ def test_wrong_settings_say_so(options, message):
 
 def test_what_does_not_fit_the_model_is_refused_before_it_is_touched(stats):
     dense = dense_model(LLAMA)
-    with pytest.raises(InputError, match=r"experts=5 does not divide the FFN width 48; the nearest"):
+    with pytest.raises(
+        InputError, match=r"experts=5 does not divide the FFN width 48; the nearest"
+    ):
         convert_cmoe(dense, stats, CMoE(experts=5, active=0.8))
     with pytest.raises(InputError, match=r"marks must be at most the FFN width 48, got 49"):
         convert_cmoe(dense, stats, CMoE(experts=4, marks=49))

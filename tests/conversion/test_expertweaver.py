@@ -60,7 +60,10 @@ def test_variation_by_hand():
     [(0.0, [0, 0]), (0.5, [1, 0]), (1.0, [1, 1]), (1.5, [2, 1]), (2.0, [2, 2]), (9.0, [2, 2])],
 )
 def test_shares_by_hand(mean, shares):
-    layers = [torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1]), torch.tensor([1.0, 3, 20, 30, 40, 50, 60, 70])]
+    layers = [
+        torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1]),
+        torch.tensor([1.0, 3, 20, 30, 40, 50, 60, 70]),
+    ]
     assert share_parts(layers, num_parts=4, num_active=3, mean=mean) == shares
 
 
@@ -105,9 +108,7 @@ def test_layers_share_what_is_universal_and_meet_the_budget(stats):
         # The shared neurons vary least.
         order_F = variation(activity_GF).argsort(stable=True)[: 6 * share].sort().values
         if share:
-            torch.testing.assert_close(
-                layer.shared.gate_up_proj[0].chunk(2)[0], gate_FD[order_F]
-            )
+            torch.testing.assert_close(layer.shared.gate_up_proj[0].chunk(2)[0], gate_FD[order_F])
         mean_ED = layer.experts.gate_up_proj.chunk(2, dim=1)[0].mean(1)
         torch.testing.assert_close(layer.router.weight, mean_ED)
     with all_experts_on(model):
@@ -175,7 +176,9 @@ def test_wrong_settings_say_so(options, message):
 
 def test_what_does_not_fit_the_model_is_refused_before_it_is_touched(stats):
     dense = dense_model(DEEP)
-    with pytest.raises(InputError, match=r"experts=5 does not divide the FFN width 48; the nearest"):
+    with pytest.raises(
+        InputError, match=r"experts=5 does not divide the FFN width 48; the nearest"
+    ):
         convert_expertweaver(dense, stats, ExpertWeaver(experts=5, active=0.8))
     with pytest.raises(InputError, match="expertweaver with these settings needs calibration of"):
         convert_expertweaver(dense, None, CONFIG)

@@ -164,7 +164,6 @@ def test_all_active_is_the_dense_model(tmp_path):
     assert results["kept_per_layer"] == pytest.approx([1.0, 1.0], abs=1e-5)
 
 
-
 def test_an_interrupted_conversion_goes_on(tmp_path):
     stats = stats_for(CONFIG, tmp_path / "stats")
     whole, results = convert_moefication(dense_model(LLAMA), stats, CONFIG)
@@ -204,7 +203,9 @@ def test_wrong_settings_say_so(options, message):
 
 def test_what_does_not_fit_the_model_is_refused_before_it_is_touched():
     dense = dense_model(LLAMA)
-    with pytest.raises(InputError, match=r"experts=5 does not divide the FFN width 48; the nearest"):
+    with pytest.raises(
+        InputError, match=r"experts=5 does not divide the FFN width 48; the nearest"
+    ):
         convert_moefication(dense, None, MoEfication(experts=5, active=0.8))
     # The usual number for 48 neurons is 2.
     with pytest.raises(InputError, match=r"whole number of 2 experts, got 0.75; the nearest"):

@@ -75,8 +75,8 @@ class CMoE:
         active = whole_experts(self.active, self.experts)
         if self.shared is not None and not 0 <= self.shared < active:
             raise InputError(
-                f"shared must be in [0, {active}), below the {active} experts that active="
-                f"{self.active} makes of {self.experts}, got {self.shared}; lower it or raise active"
+                f"shared must be in [0, {active}), below the {active} of {self.experts} experts "
+                f"that active={self.active} makes, got {self.shared}; lower it or raise active"
             )
         if not 0.0 <= self.bias_step < float("inf"):
             raise InputError(f"bias_step must be at least 0, got {self.bias_step}; 0.001 is usual")

@@ -7,12 +7,12 @@ activated, for routed experts; each layer has its own configuration. Known from 
 paper: the router is built from the gate weights, and the text of calibration has several tasks.
 
 Our reading, which may differ from the paper's: a neuron is active for a token when its |act(gate)|
-is among the token's largest; segments of the calibration text stand for tasks; a neuron is universal
-when the coefficient of variation of its activity over the segments is low, by one bound for all
-layers, so that a layer with many such neurons shares many; specialised neurons are grouped by
-balanced k-means of their activity over the segments; a row of the router is the mean gate row of an
-expert's neurons; chosen experts weigh one. Every layer runs the same fraction of its network: what
-is not shared is routed.
+is among the token's largest; segments of the calibration text stand for tasks; a neuron is
+universal when the coefficient of variation of its activity over the segments is low, by one bound
+for all layers, so that a layer with many such neurons shares many; specialised neurons are grouped
+by balanced k-means of their activity over the segments; a row of the router is the mean gate row of
+an expert's neurons; chosen experts weigh one. Every layer runs the same fraction of its network:
+what is not shared is routed.
 
 Shapes: T tokens, D model width, F neurons, G segments, E experts, R neurons that are not shared.
 """
@@ -129,9 +129,7 @@ def convert_expertweaver(
             num_active=num_active,
             mean=config.shared * num_active,
         )
-        return [
-            _describe(ffn, config, share) for ffn, share in zip(networks, shares, strict=True)
-        ]
+        return [_describe(ffn, config, share) for ffn, share in zip(networks, shares, strict=True)]
 
     kept = convert_layers(
         model,

@@ -2,9 +2,9 @@
 
 Source: MoEfication, arXiv 2110.01786: equal experts of about 32 neurons, cut by clustering weight
 rows or by co-activation; a router fitted for each layer to what every expert's activations sum to;
-the k highest experts run unscaled. Its settings are kept: Adam at 0.01, 30 epochs of batches of 512,
-targets divided by the largest of a batch, nine tenths of the tokens for training and the last tenth
-for choosing the epoch.
+the k highest experts run unscaled. Its settings are kept: Adam at 0.01, 30 epochs of batches of
+512, targets divided by the largest of a batch, nine tenths of the tokens for training and the last
+tenth for choosing the epoch.
 
 Ours: the paper's networks have ReLU, whose activations are at least zero and mostly zero; those of
 a gated network are neither, so |a| (the same for ReLU) or a^2 is summed. Activations are those of
@@ -184,9 +184,7 @@ def _convert_layer(cut: Cut, config: MoEfication) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def expert_sums(
-    h_TD: Tensor, experts: Experts, target: Literal["magnitude", "square"]
-) -> Tensor:
+def expert_sums(h_TD: Tensor, experts: Experts, target: Literal["magnitude", "square"]) -> Tensor:
     """Sum the activations of each expert for each token.
 
     Args:

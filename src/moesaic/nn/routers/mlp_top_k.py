@@ -1,8 +1,8 @@
 """MoEfication's router: a small network scores the experts, and the chosen ones weigh one.
 
 Source: MoEfication, arXiv 2110.01786, section 3.3: inputs of unit length, a linear map to E values,
-their tanh and a map of these, no bias; the k highest run unscaled. Ours: the gradient of the weights
-(`highest_at_one`); the paper trains the router beforehand and never with the model.
+their tanh and a map of these, no bias; the k highest run unscaled. Ours: the gradient of the
+weights (`highest_at_one`); the paper trains the router beforehand and never with the model.
 
 Shapes: T tokens, D model width, E experts, K experts per token.
 """
