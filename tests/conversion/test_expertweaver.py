@@ -64,21 +64,34 @@ def test_shares_by_hand(mean, shares):
         torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1]),
         torch.tensor([1.0, 3, 20, 30, 40, 50, 60, 70]),
     ]
-    assert share_parts(layers, num_parts=4, num_active=3, mean=mean) == shares
+    assert share_parts(layers, num_parts=4, num_active=3, mean=mean, adapt=1.0) == shares
+
+
+@pytest.mark.parametrize(
+    ("adapt", "shares"),
+    # One bound gives 2, 0, 0, 2 of a mean of 1; half of the way are 1.5, 0.5, 0.5, 1.5, and the
+    # parts that rounding down leaves go to the first of equals.
+    [(0.0, [1, 1, 1, 1]), (0.5, [2, 1, 0, 1]), (1.0, [2, 0, 0, 2])],
+)
+def test_layers_differ_as_far_as_they_are_told(adapt, shares):
+    low, high = torch.arange(8.0), 100 + torch.arange(8.0)
+    layers = [low, high, high, low]
+    assert share_parts(layers, num_parts=4, num_active=3, mean=1, adapt=adapt) == shares
 
 
 @given(
     num_layers=st.integers(1, 5),
     num_active=st.integers(1, 6),
     shared=st.floats(0, 0.99),
+    adapt=st.floats(0, 1),
     seed=st.integers(0, 2**31),
 )
-def test_shares_meet_the_mean(num_layers, num_active, shared, seed):
+def test_shares_meet_the_mean(num_layers, num_active, shared, adapt, seed):
     draw = torch.Generator().manual_seed(seed)
     layers = [torch.rand(12, generator=draw) for _ in range(num_layers)]
     layers[0][:9] = torch.inf
     mean = shared * num_active
-    shares = share_parts(layers, num_parts=6, num_active=num_active, mean=mean)
+    shares = share_parts(layers, num_parts=6, num_active=num_active, mean=mean, adapt=adapt)
     assert all(0 <= share < num_active for share in shares)
     assert sum(shares) == min(round(mean * num_layers), (num_active - 1) * num_layers)
 
@@ -163,6 +176,7 @@ def test_an_interrupted_conversion_goes_on(stats, tmp_path):
         ({"active": 0.7}, r"active must be a whole number of 16 experts, got 0.7; the nearest"),
         ({"active": float("nan")}, r"active must be in \(0, 1\], got nan"),
         ({"shared": 1.0}, r"shared must be in \[0, 1\), got 1.0"),
+        ({"adapt": -0.1}, r"adapt must be in \[0, 1\], got -0.1"),
         ({"marked": 0.0}, r"marked must be in \(0, 1\], got 0.0"),
         ({"segments": 1}, r"segments must be at least 2, got 1"),
         ({"experts": 0}, r"experts must be at least 1, got 0"),

@@ -147,8 +147,9 @@ def usual_experts(width: int) -> int:
 
 def mean_unit_rows(rows_ND: Tensor, num_experts: int) -> Tensor:
     """Mean of the rows of each expert, each scaled to unit length first, [E, D] in float32."""
-    unit_ND = normalize(rows_ND.float(), dim=1)
-    return unit_ND.unflatten(0, (num_experts, -1)).mean(1)
+    unit_EMD = normalize(rows_ND.float(), dim=1).unflatten(0, (num_experts, -1))
+    mean_ED: Tensor = unit_EMD.mean(1)
+    return mean_ED
 
 
 def _describe(ffn: FFN, config: MoEfication) -> LayerConfig:
