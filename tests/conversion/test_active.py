@@ -1,4 +1,4 @@
-"""A requested fraction as a number of blocks, or a refusal that names the nearest."""
+"""An active fraction is a whole number of experts, or the nearest are named."""
 
 import re
 
@@ -7,34 +7,49 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic._errors import InputError
-from moesaic.conversion._active import routed_blocks
+from moesaic.conversion._active import whole_experts
 
 
-@given(st.data())
-def test_every_number_of_blocks_is_found(data):
-    num_blocks = data.draw(st.integers(1, 256))
-    num_shared = data.draw(st.integers(0, num_blocks - 1))
-    k = data.draw(st.integers(1, num_blocks - num_shared))
-    active = (num_shared + k) / num_blocks
-    assert routed_blocks(active, num_blocks, num_shared) == k
-    # As it is written by hand.
-    assert routed_blocks(round(active, 8), num_blocks, num_shared) == k
+@pytest.mark.parametrize(
+    ("active", "num_experts", "count"),
+    [(0.25, 16, 4), (1.0, 7, 7), (1 / 3, 3, 1), (0.333333, 3, 1), (0.0416667, 24, 1), (1, 1, 1)],
+)
+def test_whole(active, num_experts, count):
+    assert whole_experts(active, num_experts) == count
 
 
-@given(st.floats(0.0, 1.0, exclude_min=True), st.integers(1, 64), st.integers(0, 63))
-def test_what_is_refused_names_what_works(active, num_blocks, num_shared):
-    num_shared = min(num_shared, num_blocks - 1)
+@pytest.mark.parametrize(
+    ("active", "num_experts", "message"),
+    [
+        (0.7, 16, r"whole number of 16 experts, got 0.7; the nearest that work: 0.6875 and 0.75$"),
+        (0.01, 16, r"the nearest that work: 0.0625$"),
+        (0.999, 3, r"the nearest that work: 0.666667 and 1$"),
+        (0.0, 4, r"active must be in \(0, 1\], got 0.0"),
+        (float("nan"), 4, r"active must be in \(0, 1\], got nan"),
+        (1.01, 4, r"active must be in \(0, 1\], got 1.01"),
+    ],
+)
+def test_refused(active, num_experts, message):
+    with pytest.raises(InputError, match=message):
+        whole_experts(active, num_experts)
+
+
+@given(active=st.floats(1e-6, 1.0), num_experts=st.integers(1, 400))
+def test_what_is_named_works(active, num_experts):
     try:
-        routed_blocks(active, num_blocks, num_shared)
+        assert whole_experts(active, num_experts) == pytest.approx(active * num_experts, abs=1e-3)
     except InputError as error:
-        named = re.search(r"works is (\S+)(?: or (\S+))?$", str(error)).groups()
-        works = [(num_shared + k) / num_blocks for k in range(1, num_blocks - num_shared + 1)]
-        closest = min(works, key=lambda fraction: abs(fraction - active))
-        assert pytest.approx(closest, rel=1e-5) in [float(x) for x in named if x]
+        named = re.findall(r"[\d.e-]+", str(error).rpartition("work: ")[2])
+        counts = [whole_experts(float(value), num_experts) for value in named]
+        assert 1 <= len(counts) <= 2
+        # Below and above what was asked for.
+        assert counts[-1] - active * num_experts <= 1
+        assert len(counts) == 1 or counts == [counts[0], counts[0] + 1]
 
 
-def test_shared_blocks_count():
-    # 2 of 8 shared: 0.5 is 4 blocks, 2 of them routed.
-    assert routed_blocks(0.5, 8, 2) == 2
-    with pytest.raises(InputError, match=r"out of 8, 2 of them shared; .* works is 0.375 or 0.5$"):
-        routed_blocks(0.25, 8, 2)
+def test_some_may_be_needed():
+    # 2 of 8 always on and one at least to be chosen.
+    assert whole_experts(0.375, 8, least=3) == 3
+    message = r"of 8 experts, at least 3, got 0.25; the nearest that work: 0.375$"
+    with pytest.raises(InputError, match=message):
+        whole_experts(0.25, 8, least=3)

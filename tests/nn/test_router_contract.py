@@ -120,9 +120,9 @@ def test_renumbering_experts_renumbers_the_routing(name):
         for parameter in router.parameters():
             # Rows after E are those of null experts.
             parameter[:E] = parameter[:E][order_E].clone()
-            if parameter.shape == (E, E):
-                # It reads what experts scored before.
-                parameter.copy_(parameter[:, order_E].clone())
+            if parameter.shape[1:] == (E,):
+                # Columns of hidden units that are numbered as the experts are.
+                parameter.copy_(parameter[:, order_E])
     after = router(h_TD)
     torch.testing.assert_close(after.weights_TE(), before.weights_TE()[:, order_E])
     torch.testing.assert_close(after.scores_TE[:, :E], before.scores_TE[:, :E][:, order_E])
@@ -224,6 +224,14 @@ def test_fresh_weights_are_small_and_differ(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("cmoe", {"top_k": 0}, r"top_k must be at least 1, got 0"),
+        ("cmoe", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
+        ("cmoe", {"bias_step": -1.0}, r"bias_step must be at least 0, got -1.0; 0.001 is"),
+        ("cmoe", {"activation": "sliu"}, r"'sliu' is unknown; did you mean silu"),
+        ("linear-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
+        ("linear-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
+        ("mlp-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
+        ("nearest-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("noisy-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("noisy-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("noisy-top-k", {"scale": 0.0}, r"scale must be above 0, got 0.0; num_experts / top_k"),

@@ -101,19 +101,6 @@ class Cut:
         return order_F
 
 
-def partition_collectors(name: str) -> set[str]:
-    """Name the calibration collectors that a registered partition needs.
-
-    Raises:
-        InputError: If it needs a package that is not installed; better now than after calibration.
-    """
-    abilities = [ability.partition(":")[::2] for ability in PARTITIONS[name].abilities]
-    for kind, package in abilities:
-        if kind == "package":
-            require_package(name, package)
-    return {what for kind, what in abilities if kind == "needs" and what != "weights"}
-
-
 def expert_layer(ffn: FFN, **values: Any) -> LayerConfig:
     """Describe a layer whose experts are of the network's kind.
 
@@ -139,6 +126,7 @@ def convert_layers(
     collectors: tuple[str, ...],
     describe: Callable[[FFN], LayerConfig],
     convert: Callable[[Cut], Mapping[str, Tensor]],
+    plan: Callable[[list[FFN]], list[LayerConfig]] | None = None,
     losses: Mapping[str, Any] | None = None,
     store: Path | None = None,
     progress: Progress = SILENT,
@@ -152,6 +140,8 @@ def convert_layers(
         collectors: What it needs to know of the model.
         describe: Gives the layer that a network becomes, or raises what does not fit.
         convert: Fills the layer and starts its router; what it gives is kept with the layer.
+        plan: Decides on all layers together, once `describe` took each and the statistics fit; they
+            are what `describe` gave if none.
         losses: Losses of the converted model, as in its config.
         store: Directory for finished layers; an interrupted conversion goes on after them.
         progress: Told of every layer.
@@ -176,6 +166,9 @@ def convert_layers(
             )
         stats.require(*collectors, by=method, num_layers=len(layers))
         _check_sizes(stats, {"F": read_ffn(layers[0], row, activation).width, "D": dim})
+
+    if plan is not None:
+        specs = plan([read_ffn(layer, row, activation) for layer in layers])
 
     adopt(
         model,

@@ -12,6 +12,14 @@ CONVERSIONS = MethodTable(
     "conversion",
     [
         MethodInfo(
+            name="cmoe",
+            target="moesaic.conversion.cmoe:convert_cmoe",
+            config="moesaic.conversion.cmoe:CMoE",
+            summary="Shares the neurons that most tokens use, clusters the rest; no training",
+            paper="CMoE, arXiv 2502.04416",
+            abilities=frozenset({"cut", "fixed-k", "gated-only"}),
+        ),
+        MethodInfo(
             name="dsmoe",
             target="moesaic.conversion.dsmoe:convert_dsmoe",
             config="moesaic.conversion.dsmoe:DSMoE",
@@ -34,6 +42,23 @@ CONVERSIONS = MethodTable(
             summary="Experts are copies of the FFN, whole or pruned, chosen by a random router",
             paper="Sparse Upcycling, arXiv 2212.05055",
             abilities=frozenset({"fixed-k"}),
+        ),
+        MethodInfo(
+            name="expertweaver",
+            target="moesaic.conversion.expertweaver:convert_expertweaver",
+            config="moesaic.conversion.expertweaver:ExpertWeaver",
+            summary="ExpertWeaver-style: shares what is active in all text, by layer; no training",
+            paper="after ExpertWeaver, arXiv 2602.15521",
+            status="preview",
+            abilities=frozenset({"cut", "fixed-k", "gated-only"}),
+        ),
+        MethodInfo(
+            name="moefication",
+            target="moesaic.conversion.moefication:convert_moefication",
+            config="moesaic.conversion.moefication:MoEfication",
+            summary="Small experts of related neurons and a router fitted to their activations",
+            paper="MoEfication, arXiv 2110.01786",
+            abilities=frozenset({"cut", "fixed-k"}),
         ),
     ],
 )

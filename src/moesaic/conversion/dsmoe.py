@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moesaic._config import build_config, to_plain
+from moesaic._config import to_plain
 from moesaic._errors import InputError
 from moesaic._progress import SILENT, Progress
 from moesaic.calibration.stats import CalibrationStats
-from moesaic.conversion._layers import Cut, convert_layers, expert_layer, partition_collectors
+from moesaic.conversion._layers import Cut, convert_layers, expert_layer
 from moesaic.conversion.allocation import allocate
 from moesaic.conversion.gram_router import FRACTIONS, RouterFit, fit_router
 from moesaic.conversion.partition._base import validate_num_experts
+from moesaic.conversion.partition._settings import partition_collectors, partition_settings
 from moesaic.conversion.partition._table import PARTITIONS
 from moesaic.models.ffn import FFN
 from moesaic.nn.layer import LayerConfig, moe_layers
@@ -108,11 +109,7 @@ class DSMoE:
 
     def options_of_partition(self) -> Any:
         """Settings of the partition, checked."""
-        return build_config(
-            PARTITIONS.load_config(self.partition),
-            self.partition_options,
-            where=f"partition {self.partition}",
-        )
+        return partition_settings(self.partition, self.partition_options)
 
     def collectors(self) -> tuple[str, ...]:
         """Names of the calibration collectors that these settings need."""

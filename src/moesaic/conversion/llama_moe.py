@@ -27,14 +27,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moesaic._config import build_config
 from moesaic._errors import InputError
 from moesaic._progress import SILENT, Progress
 from moesaic.calibration.stats import CalibrationStats
-from moesaic.conversion._active import routed_blocks
-from moesaic.conversion._layers import Cut, convert_layers, expert_layer, partition_collectors
+from moesaic.conversion._active import whole_experts
+from moesaic.conversion._layers import Cut, convert_layers, expert_layer
 from moesaic.conversion.partition._base import validate_num_experts
-from moesaic.conversion.partition._table import PARTITIONS
+from moesaic.conversion.partition._settings import partition_collectors, partition_settings
 from moesaic.models.ffn import FFN
 from moesaic.nn.layer import LayerConfig, moe_layers
 from moesaic.nn.routers.noisy_top_k import NoisyTopK
@@ -80,9 +79,12 @@ class LLaMAMoE:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        PARTITIONS[self.partition]
-        if self.partition_options:
-            self.options_of_partition()
+        partition_settings(self.partition, self.partition_options)
+        if self.experts < 1 or not 0 <= self.shared < self.experts:
+            raise InputError(
+                "experts must be at least 1 and shared in [0, experts), got "
+                f"experts={self.experts} and shared={self.shared}; leave some to the router"
+            )
         self.top_k()
         if self.balance_coef < 0:
             raise InputError(
@@ -98,15 +100,7 @@ class LLaMAMoE:
 
     def top_k(self) -> int:
         """Routed experts per token."""
-        return routed_blocks(self.active, self.experts, self.shared)
-
-    def options_of_partition(self) -> Any:
-        """Settings of the partition, checked."""
-        return build_config(
-            PARTITIONS.load_config(self.partition),
-            self.partition_options,
-            where=f"partition {self.partition}",
-        )
+        return whole_experts(self.active, self.experts, least=self.shared + 1) - self.shared
 
     def collectors(self) -> tuple[str, ...]:
         """Names of the calibration collectors that these settings need."""
@@ -189,7 +183,7 @@ def _convert_layer(cut: Cut, config: LLaMAMoE) -> dict[str, Tensor]:
     """Cut one network and start its router; gives the factor on its routed experts."""
     order_N = cut.partition(
         config.partition,
-        config.options_of_partition(),
+        partition_settings(config.partition, config.partition_options),
         config.experts,
         config.seed + cut.index,
         num_shared=config.shared,

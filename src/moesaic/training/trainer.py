@@ -126,10 +126,10 @@ class DistillTrainer(Trainer):
 
     def _routers(self) -> dict[str, Tensor]:
         return {
-            f"{index}.{name}": parameter.detach()
+            f"{index}.{name}": tensor
             for index, layer in enumerate(moe_layers(self.core))
             if layer.router is not None
-            for name, parameter in layer.router.named_parameters()
+            for name, tensor in layer.router.state_dict().items()
         }
 
     def compute_loss(

@@ -1,6 +1,6 @@
 """The interface of a router.
 
-Shapes: T tokens, D model width, E experts.
+Shapes: T tokens, D model width, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -70,6 +70,21 @@ class LinearRouter(Router, ABC):
         nn.init.normal_(self.weight, std=0.02)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopKConfig:
+    """Settings of a router that has no others.
+
+    Attributes:
+        top_k: Experts per token.
+    """
+
+    top_k: int = 2
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise InputError(f"top_k must be at least 1, got {self.top_k}; choose 1 to num_experts")
+
+
 def check_top_k(top_k: int, num_experts: int) -> None:
     """Refuse to choose more experts than there are."""
     if top_k > num_experts:
@@ -89,3 +104,23 @@ def linear_scores(h_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None)
     with plain:
         scores_TE = torch.nn.functional.linear(h_TD.to(dtype), weight_ED.to(dtype))
     return scores_TE if bias_E is None else scores_TE + bias_E.to(dtype)
+
+
+def highest_at_one(scores_TE: Tensor, top_k: int) -> Routing:
+    """Choose the k highest scores; each chosen expert weighs exactly one.
+
+    All experts together are then the network that they were cut from. The weight has the derivative
+    of the score's sigmoid (straight-through; ours), so that training can still teach the router.
+
+    Args:
+        scores_TE: Scores, [T, E], float32 or better.
+        top_k: K, at most E.
+
+    Returns:
+        K slots, highest first.
+    """
+    scores_TK, ids_TK = scores_TE.topk(top_k, dim=-1)
+    gates_TK = scores_TK.sigmoid()
+    # The difference is exactly zero.
+    weights_TK = 1 + (gates_TK - gates_TK.detach())
+    return Routing(ids_TK, weights_TK, scores_TE, scores_TE.shape[1])

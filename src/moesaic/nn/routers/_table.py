@@ -8,6 +8,38 @@ ROUTERS = MethodTable(
     "router",
     [
         MethodInfo(
+            name="cmoe",
+            target="moesaic.nn.routers.cmoe:CMoERouter",
+            config="moesaic.nn.routers.cmoe:CMoERouterConfig",
+            summary="Scores by one neuron of each expert; a bias that training moves balances them",
+            paper="CMoE, arXiv 2502.04416",
+            abilities=frozenset({"softmax", "top-k"}),
+        ),
+        MethodInfo(
+            name="linear-top-k",
+            target="moesaic.nn.routers.linear_top_k:LinearTopK",
+            config="moesaic.nn.routers._base:TopKConfig",
+            summary="The k highest linear scores, each expert weighing one",
+            paper="ours, for ExpertWeaver, arXiv 2602.15521",
+            abilities=frozenset({"top-k"}),
+        ),
+        MethodInfo(
+            name="mlp-top-k",
+            target="moesaic.nn.routers.mlp_top_k:MlpTopK",
+            config="moesaic.nn.routers._base:TopKConfig",
+            summary="A small network scores the experts; the k highest weigh one",
+            paper="MoEfication, arXiv 2110.01786",
+            abilities=frozenset({"top-k"}),
+        ),
+        MethodInfo(
+            name="nearest-top-k",
+            target="moesaic.nn.routers.nearest_top_k:NearestTopK",
+            config="moesaic.nn.routers._base:TopKConfig",
+            summary="The k experts whose centres are nearest, each weighing one",
+            paper="MoEfication, arXiv 2110.01786",
+            abilities=frozenset({"top-k"}),
+        ),
+        MethodInfo(
             name="null-experts",
             target="moesaic.nn.routers.null_experts:NullExperts",
             config="moesaic.nn.routers.null_experts:NullExpertsConfig",
