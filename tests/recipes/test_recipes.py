@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from recipe_cases import recipe_values, write_recipe
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from moesaic._errors import InputError
 from moesaic._files import read_json
+from moesaic.compression._table import COMPRESSIONS
 from moesaic.models import load
 from moesaic.recipes import plan, read_recipe, run_recipe
 from moesaic.recipes.claim import held
@@ -291,3 +293,17 @@ def test_text_is_not_read_where_no_step_needs_it(tmp_path):
     values["steps"] = [{"convert": {"preset": "paper", "experts": 4}}]
     values["data"] = {"sources": ["nowhere.txt"]}
     assert plan(read_recipe(write_recipe(tmp_path, values)))["documents"] == 0
+
+
+def test_every_compression_is_a_step_and_is_evaluated(tmp_path):
+    """One calibration serves them all; a result that is dense still is loaded like the others."""
+    values = recipe_values(tmp_path)
+    values["steps"] = [
+        *({"compress": {"method": name, "active": 0.5}} for name in COMPRESSIONS),
+        values["steps"][-1],
+    ]
+    result = run_recipe(read_recipe(write_recipe(tmp_path, values)))
+    record = read_json(Path(result["record"]))
+    assert [entry["name"] for entry in record["models"]] == ["dense", *COMPRESSIONS]
+    assert all(entry["quality"]["ratio"] > 0 for entry in record["models"])
+    assert not list((tmp_path / "run").rglob("layers"))

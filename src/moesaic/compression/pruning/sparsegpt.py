@@ -155,12 +155,13 @@ def _inverse_factor(hessian_CC: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor U of the inverse of the damped Hessian: H^-1 = U^T U."""
     added = damping * hessian_CC.diagonal().mean()
     damped_CC = hessian_CC + added * torch.eye(len(hessian_CC), device=hessian_CC.device)
-    try:
-        inverse_CC = torch.cholesky_inverse(torch.linalg.cholesky(damped_CC))
-        factor_CC: Tensor = torch.linalg.cholesky(inverse_CC, upper=True)
-    except torch.linalg.LinAlgError as error:
+    factor_CC: Tensor
+    lower_CC, failed = torch.linalg.cholesky_ex(damped_CC)
+    inverse_CC = torch.cholesky_inverse(lower_CC)
+    factor_CC, failed_too = torch.linalg.cholesky_ex(inverse_CC, upper=True)
+    if bool(failed) or bool(failed_too):
         raise RunError(
             f"the Hessian of a layer has no inverse with damping={damping}; raise it, or "
             "calibrate on more text"
-        ) from error
+        )
     return factor_CC
