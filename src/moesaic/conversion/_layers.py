@@ -20,7 +20,7 @@ from moesaic._errors import InputError
 from moesaic._files import atomic_write
 from moesaic._progress import SILENT, Progress
 from moesaic.calibration.stats import CalibrationStats
-from moesaic.conversion.partition._base import COLLECTORS, PartitionInput, require_package
+from moesaic.conversion.partition._base import COLLECTORS, PartitionInput
 from moesaic.conversion.partition._table import PARTITIONS
 from moesaic.models.architectures import ARCHITECTURES, architecture_of
 from moesaic.models.ffn import FFN, decoder_layers, fill_experts, put_layer, read_ffn
