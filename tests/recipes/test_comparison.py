@@ -38,6 +38,7 @@ VOLATILE = ("seconds", "peak_bytes", "created", "machine", "versions", "resumed"
 
 def values(root, **options):
     """A protocol of two methods and two budgets, as plain data."""
+    root = Path(root)
     return {
         "model": str(root / "dense"),
         "data": {"sources": [f"notes={root / 'text'}"], "block": 32},

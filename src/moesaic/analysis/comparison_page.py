@@ -34,7 +34,6 @@ def render_comparison(comparison: Comparison) -> str:
     found = entries(comparison)
     protocol = comparison.protocol
     budgets = _record.numbers(protocol, "budgets")
-    machine = next((line["machine"] for line in comparison.lines if "machine" in line), {})
     page = (
         environment()
         .get_template("comparison.html.j2")
@@ -50,14 +49,18 @@ def render_comparison(comparison: Comparison) -> str:
             dense=_dense(comparison.dense),
             tasks=_tasks(found),
             protocol=_history.raw_json(protocol),
-            machine=_history.flatten(machine),
-            versions=_history.flatten(
-                next((line["versions"] for line in comparison.lines if "versions" in line), {})
-            ),
+            machine=_history.flatten(_first(comparison, "machine")),
+            versions=_history.flatten(_first(comparison, "versions")),
             levels=[],
         )
     )
     return clean(page)
+
+
+def _first(comparison: Comparison, key: str) -> Mapping[str, Any]:
+    """What the first line that says it says."""
+    found = (_record.section(line, key) for line in comparison.lines if key in line)
+    return next(found, {})
 
 
 def _state(found: Sequence[Entry], trained: bool, protocol: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def is_own_teacher(model: PreTrainedModel) -> bool:
 def given_teacher(teacher: PreTrainedModel) -> PreTrainedModel:
     """Freeze a teacher that was loaded beside the model."""
     teacher.requires_grad_(False)
-    return teacher.eval()
+    teacher.eval()
+    return teacher
 
 
 @torch.no_grad()

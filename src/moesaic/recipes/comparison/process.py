@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ def run_piece(piece: dict[str, Any], log: Path, progress: Progress) -> Outcome:
     return Outcome(status="error", reason=_crash(code, log))
 
 
-def _listen(lines: TextIO, progress: Progress) -> Outcome | None:
+def _listen(lines: Iterable[str], progress: Progress) -> Outcome | None:
     """Pass progress on until the process ends; its outcome, if it told one."""
     outcome = None
     with ExitStack() as stack:
