@@ -1,14 +1,18 @@
 """The protocol from its file to its report, and what a kill, a crash and a refusal leave."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import yaml
 from hypothesis import given
@@ -16,6 +20,7 @@ from hypothesis import strategies as st
 from recipe_cases import write_model, write_text
 
 from moesaic._errors import CheckpointError, InputError, RunError, UnknownNameError
+from moesaic._progress import SILENT
 from moesaic.compression._table import COMPRESSIONS
 from moesaic.recipes.claim import held
 from moesaic.recipes.comparison import (
@@ -82,6 +87,17 @@ def plugin():
     if module := sys.modules.get("comparison_plugin"):
         for name in module.NAMES:
             COMPRESSIONS._records.pop(name, None)
+
+
+class Watch:
+    """Counts what every stage tells."""
+
+    def __init__(self):
+        self.done = Counter()
+
+    @contextlib.contextmanager
+    def stage(self, name, total, unit):
+        yield SimpleNamespace(advance=lambda n=1.0: self.done.update({name: n}))
 
 
 def stable(lines):
@@ -431,74 +447,79 @@ def test_the_dry_run_says_what_is_left(finished, root):
     assert not (root / "nothing").exists()
 
 
-def start(path, out, *options):
-    """Run the command in a process of its own."""
-    argv = [sys.executable, "-m", "moesaic.cli.main", "compare", str(path), "--out", str(out)]
-    paths = os.pathsep.join(p for p in sys.path if p)
+def start(code, *arguments):
+    """Run Python code in a process of its own."""
     return subprocess.Popen(
-        [*argv, *options],
+        [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        },
     )
 
 
-def wait_for(process, condition):
+def kill_when(process, condition):
+    """Kill a process as soon as a condition holds; only that process."""
     while process.poll() is None and not condition():
         time.sleep(0.005)
     assert process.poll() is None, process.stderr.read()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["first line", "training"])
-def test_killed_runs_end_the_same(moment, finished, root, tmp_path):
-    _, lines = finished
-    wanted = values(root, budgets=[0.5], methods={"flap": values(root)["methods"]["flap"]})
-    path = tmp_path / "p.yaml"
-    path.write_text(yaml.safe_dump(wanted))
-    out = tmp_path / "out"
-    process = start(path, out)
-    sign = {
-        "first line": out / NAME,
-        "training": out / "cells/flap-0.5-seed0-trained/training/checkpoint-2/trainer_state.json",
-    }[moment]
-    wait_for(process, sign.exists)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.stderr.close()
-    assert len(read_lines(out)) == 1
-    again = start(path, out)
-    _, errors = again.communicate()
-    assert again.returncode == 0, errors
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_the_same(finished, root, tmp_path):
+    _, lines = finished
+    wanted = values(root, budgets=[0.5], methods={"flap": values(root)["methods"]["flap"]})
+    path, out = tmp_path / "p.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(wanted))
+    process = start(
+        "import sys; from moesaic.cli.main import main; main(sys.argv[1:])",
+        *("compare", path, "--out", out),
+    )
+    # The first cell has its line, the second is in the middle of its training.
+    checkpoint = out / "cells/flap-0.5-seed0-trained/training/checkpoint-2/trainer_state.json"
+    kill_when(process, checkpoint.exists)
+    assert [line["trained"] for line in read_lines(out)] == [False]
+    again = compare(read_protocol(path), out, run=in_process)
     whole = [x for x in lines if x["method"] == "flap" and x["active"] == 0.5]
-    assert stable(read_lines(out)) == stable(whole)
-    assert (out / "report.html").is_file()
+    assert stable(again) == stable(whole)
+    assert [line["resumed"] for line in again] == [False, True]
+    # It went on from the checkpoint and wrote no step twice.
+    log = out / "cells/flap-0.5-seed0-trained/training/metrics.jsonl"
+    assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
 def test_a_piece_ends_with_its_parent(root, tmp_path, plugin):
-    """A worker that waits for ever must not outlive the process that started it."""
-    never = tmp_path / "never"
-    methods = {"waits": {"compress": "slow-start", "options": {"flag": str(never)}}}
+    methods = {"waits": {"compress": "slow-start", "options": {"flag": str(tmp_path / "never")}}}
     options = {"methods": methods, "budgets": [0.5], "trained": [False], **plugin}
-    build_protocol(values(root, **options))
-    path = tmp_path / "p.yaml"
-    path.write_text(yaml.safe_dump(values(root, **options)))
-    out = tmp_path / "out"
-    process = start(path, out)
-    wait_for(process, (out / "cells/waits-0.5-seed0/cell.json").exists)
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert len(children) == 1
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-    deadline = time.monotonic() + 30
-    while os.path.exists(f"/proc/{children[0]}") and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not os.path.exists(f"/proc/{children[0]}")
+    protocol = build_protocol(values(root, **options))
+    piece = {"directory": str(tmp_path), "protocol": protocol.plain()}
+    in_process({**piece, "collectors": ["neurons"]}, None, SILENT)
+    (cell,) = all_cells(protocol)
+    process = start(
+        "import json, pathlib, sys\n"
+        "from moesaic._progress import SILENT\n"
+        "from moesaic.recipes.comparison.process import run_piece\n"
+        "run_piece(json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]), SILENT)",
+        json.dumps({**piece, "cell": cell.plain()}),
+        tmp_path / "log",
+    )
+    children = []
+
+    def waits():
+        children[:] = psutil.Process(process.pid).children() if process.poll() is None else []
+        return (tmp_path / "cells" / cell.key / "cell.json").exists()
+
+    kill_when(process, waits)
+    (child,) = children
+    child.wait(timeout=30)
 
 
 @pytest.mark.slow
@@ -509,22 +530,22 @@ def test_a_crash_of_one_method_is_one_line(root, tmp_path, plugin):
         "flap": values(root)["methods"]["flap"],
     }
     options = {"methods": methods, "budgets": [0.5], "trained": [False], **plugin}
-    path = tmp_path / "p.yaml"
-    path.write_text(yaml.safe_dump(values(root, **options)))
-    process = start(path, tmp_path / "out")
-    _, errors = process.communicate()
-    assert process.returncode == 1, "some cells failed"
-    assert "Traceback" not in errors
-    lines = {line["method"]: line for line in read_lines(tmp_path / "out")}
+    watch = Watch()
+    found = compare(build_protocol(values(root, **options)), tmp_path / "out", progress=watch)
+    lines = {line["method"]: line for line in found}
     assert lines["flap"]["status"] == "done"
+    assert lines["killed"]["status"] == lines["crashes"]["status"] == "error"
     assert lines["killed"]["reason"] == "the process was ended by SIGKILL, as when memory is full"
     assert lines["crashes"]["reason"] == (
         "RuntimeError: two and two make five; see logs/crashes-0.5-seed0.log"
     )
-    log = (tmp_path / "out" / "logs" / "killed-0.5-seed0.log").read_text()
-    assert lines["killed"]["status"] == "error"
-    assert "Traceback" in (tmp_path / "out" / "logs" / "crashes-0.5-seed0.log").read_text()
-    assert log == "" or "this stands" in log
+    logs = tmp_path / "out" / "logs"
+    assert "Traceback" in (logs / "crashes-0.5-seed0.log").read_text()
+    # What was told from the other processes arrived, and what a method printed did not disturb it.
+    counts = {"cells": 3, "load the parent": 1, "perplexity of dense": 4, "perplexity of flap": 4}
+    assert counts.items() <= watch.done.items()
+    # A process of its own has its own memory, and at least that of torch.
+    assert lines["flap"]["peak_bytes"] > 100 << 20
 
 
 def test_a_name_that_is_not_registered_is_an_error_with_suggestions():
