@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -445,6 +446,36 @@ def test_the_dry_run_says_what_is_left(finished, root):
     by_key = {cell.key: entry["seconds"] for cell, entry in zip(cells, fresh, strict=True)}
     assert by_key["flap-0.5-seed0-trained"] >= by_key["flap-0.5-seed0"]
     assert not (root / "nothing").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_questions_are_asked_of_the_parent_and_of_every_cell(root, tmp_path):
+    pytest.importorskip("lm_eval")
+    words = [a + b + c for a in "bdfgkl" for b in "aeiou" for c in "mnprst"]
+    draw = random.Random(0)
+    (tmp_path / "text").mkdir()
+    for index in range(12):
+        text = " ".join(draw.choices(words, k=150))
+        (tmp_path / "text" / f"{index}.txt").write_text(text)
+    options = {
+        "questions": {"per_domain": 3, "passage_words": 8, "continuation_words": 2},
+        "methods": {"flap": values(root)["methods"]["flap"]},
+        "budgets": [0.5],
+        "trained": [False],
+        "data": {
+            "sources": [f"notes={tmp_path / 'text'}"],
+            "block": 32,
+            "heldout_fraction": 0.5,
+        },
+    }
+    protocol = build_protocol(values(root, **options))
+    (line,) = compare(protocol, tmp_path / "out", run=in_process)
+    assert line["accuracy"].keys() == {"continuation-notes", "last-word-notes"}
+    comparison, files = write_comparison(protocol, tmp_path / "out")
+    for record in (line, comparison.dense):
+        assert all(0 <= found["acc"] <= 1 for found in record["accuracy"].values())
+    assert ">last-word-notes</th>" in Path(files["report"]).read_text("utf-8")
 
 
 def start(code, *arguments):

@@ -172,7 +172,7 @@ def _entry(
         active_parameters=fmean(_needed(costs, "active_parameters")),
         seconds=_means([_record.section(line, "seconds") for line in done], fmean),
         peak_bytes=max((line.get("peak_bytes", 0) for line in done), default=0) or None,
-        accuracy=_means([_accuracies(line) for line in done], fmean),
+        accuracy=_means([accuracies(line) for line in done], fmean),
     )
 
 
@@ -186,7 +186,8 @@ def _means(tables: Sequence[Mapping[str, Any]], mean: Any) -> dict[str, float]:
     return {name: mean([table[name] for table in tables]) for name in names}
 
 
-def _accuracies(line: Mapping[str, Any]) -> dict[str, float]:
+def accuracies(line: Mapping[str, Any]) -> dict[str, float]:
+    """What a model scored, by file of questions."""
     found = _record.section(line, "accuracy")
     return {name: _record.section(found, name)["acc"] for name in found}
 

@@ -12,6 +12,7 @@ from moesaic.analysis.comparison import (
     BOUND,
     Comparison,
     Entry,
+    accuracies,
     cell_text,
     entries,
     leaders,
@@ -165,5 +166,6 @@ def _dense(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
             str(name): _record.number(_record.section(domains, name), "perplexity")
             for name in domains
         },
+        "accuracy": accuracies(record),
         "active_parameters": _record.number(cost, "active_parameters"),
     }

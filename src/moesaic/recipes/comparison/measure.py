@@ -18,7 +18,7 @@ from moesaic._config import to_plain
 from moesaic._errors import CheckpointError, InputError
 from moesaic._files import read_json, write_json
 from moesaic._progress import Progress
-from moesaic.evaluation import evaluate_perplexity, evaluate_tasks
+from moesaic.evaluation import evaluate_perplexity
 from moesaic.evaluation.machine import machine_info, peak_bytes
 from moesaic.evaluation.record import cost_section, quality_section
 from moesaic.nn.layer import moe_layers
@@ -95,13 +95,11 @@ def measure(shared: Shared, cell: Cell, work: Path, progress: Progress) -> dict[
         "static": protocol.methods[cell.method].static,
         "quality": quality_section(quality, shared.dense_losses(), protocol.heldout.quality),
         "cost": cost_section(model, quality, heldout.block),
+        "accuracy": shared.ask(model),
         "trained_tokens": trained["tokens"],
         "trained_budget": trained["budget"],
         "results": to_plain(results),
     }
-    if files := shared.questions():
-        found = evaluate_tasks(model, shared.tokenizer(), [str(file) for file in files])
-        line["accuracy"] = {Path(name).stem: dict(task.metrics) for name, task in found.items()}
     clean(work / "training")
     shutil.rmtree(work / "layers", ignore_errors=True)
     return {

@@ -24,7 +24,12 @@ from moesaic._progress import SILENT, Progress
 from moesaic.calibration import CalibrationStats, calibrate
 from moesaic.calibration.stats import MANIFEST, open_stats
 from moesaic.data import DataSplit, prepare
-from moesaic.evaluation import build_tasks, choose_blocks, evaluate_perplexity
+from moesaic.evaluation import (
+    build_tasks,
+    choose_blocks,
+    evaluate_perplexity,
+    evaluate_tasks,
+)
 from moesaic.evaluation.intervals import BlockLosses
 from moesaic.evaluation.machine import machine_info
 from moesaic.evaluation.record import cost_section, quality_section
@@ -63,6 +68,15 @@ class Shared:
             self._check_length(split)
             split.save(text)
         keep_parent(protocol.model, protocol.dtype, self.parent, self.progress)
+        if protocol.questions.per_domain and not (self.directory / "questions").is_dir():
+            with atomic_directory(self.directory / "questions") as temporary:
+                build_tasks(
+                    self.split.heldout,
+                    self.split.train,
+                    self.tokenizer(),
+                    temporary,
+                    protocol.questions,
+                )
         if not self.record_file.is_file():
             self._measure_dense()
         needed = tuple(sorted(set(collectors)))
@@ -75,15 +89,6 @@ class Shared:
                 self.directory / "calibration" / "+".join(needed),
                 self.progress,
             )
-        if protocol.questions.per_domain and not (self.directory / "questions").is_dir():
-            with atomic_directory(self.directory / "questions") as temporary:
-                build_tasks(
-                    self.split.heldout,
-                    self.split.train,
-                    self.tokenizer(),
-                    temporary,
-                    protocol.questions,
-                )
 
     def _check_length(self, split: DataSplit) -> None:
         """Refuse, before a model is loaded, to calibrate on more text than there is."""
@@ -113,9 +118,13 @@ class Shared:
         """Its tokenizer."""
         return load_tokenizer(str(self.parent))
 
-    def questions(self) -> list[Path]:
-        """Files of questions; none if the protocol has none."""
-        return sorted((self.directory / "questions").glob("*.jsonl"))
+    def ask(self, model: PreTrainedModel) -> dict[str, dict[str, float]]:
+        """Ask a model the questions; what it scored, by file, and nothing if there are none."""
+        files = sorted((self.directory / "questions").glob("*.jsonl"))
+        if not files:
+            return {}
+        found = evaluate_tasks(model, self.tokenizer(), [str(file) for file in files])
+        return {Path(name).stem: dict(task.metrics) for name, task in found.items()}
 
     def stats(self, collectors: tuple[str, ...]) -> CalibrationStats | None:
         """Statistics that hold some collectors; none if none is needed."""
@@ -150,6 +159,7 @@ class Shared:
             {
                 "quality": quality_section(result, result.losses, quality),
                 "cost": cost_section(model, result, heldout.block),
+                "accuracy": self.ask(model),
                 "machine": machine_info(str(model.dtype).removeprefix("torch.")),
                 "domains": list(result.losses.domains),
                 "text": result.losses.text,
