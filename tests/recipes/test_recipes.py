@@ -171,7 +171,7 @@ def test_a_wrong_recipe_is_refused_before_any_work(name, tmp_path, monkeypatch):
     values = broken(change)(tmp_path)
     path = write_recipe(tmp_path, values)
     monkeypatch.setattr(
-        "moesaic.recipes.run.load_dense", lambda *a, **k: pytest.fail("a model was loaded")
+        "moesaic.recipes.parent.load_dense", lambda *a, **k: pytest.fail("a model was loaded")
     )
     with pytest.raises(InputError, match=message):
         run_recipe(read_recipe(path))
@@ -181,7 +181,7 @@ def test_a_wrong_recipe_is_refused_before_any_work(name, tmp_path, monkeypatch):
 def test_too_much_calibration_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
     path = write_recipe(tmp_path)
     monkeypatch.setattr(
-        "moesaic.recipes.run.load_dense", lambda *a, **k: pytest.fail("a model was loaded")
+        "moesaic.recipes.parent.load_dense", lambda *a, **k: pytest.fail("a model was loaded")
     )
     with pytest.raises(InputError, match=r"calibration.tokens is 1000000, the text has \d+"):
         run_recipe(read_recipe(path, ["calibration.tokens=1000000"]))

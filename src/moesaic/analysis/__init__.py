@@ -1,14 +1,20 @@
 """Seeing what a conversion did: the main table, its headline and the HTML report."""
 
 from moesaic.analysis._headline import Headline, headline
+from moesaic.analysis.comparison import Comparison, comparison_markdown, verdicts
+from moesaic.analysis.comparison_page import render_comparison
 from moesaic.analysis.report import render_report, write_report
 from moesaic.analysis.table import summary_rows, summary_table
 
 __all__ = [
+    "Comparison",
     "Headline",
+    "comparison_markdown",
     "headline",
+    "render_comparison",
     "render_report",
     "summary_rows",
     "summary_table",
+    "verdicts",
     "write_report",
 ]

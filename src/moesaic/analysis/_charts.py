@@ -187,6 +187,7 @@ def line_chart(
     write_x: Callable[[float], str],
     write_y: Callable[[float], str],
     x_axis: Axis | None = None,
+    y_axis: Axis | None = None,
     x_ticks: list[Tick] | None = None,
     allow_log: bool = False,
     reference: float | None = None,
@@ -199,7 +200,7 @@ def line_chart(
     x_axis = x_axis or axis_for(xs)
     bounds = [b for p in series for b in (*p.low, *p.high) if b is not None and _finite(b)]
     around = [*ys, *bounds, *([] if reference is None else [reference])]
-    y_axis = axis_for(around, allow_log=allow_log)
+    y_axis = y_axis or axis_for(around, allow_log=allow_log)
     placed = [
         place(p, x_axis, y_axis, i if p.style is None else p.style) for i, p in enumerate(series)
     ]

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moesaic._files import atomic_write
 from moesaic.analysis import _activation, _charts, _colours, _format, _history, _record
 from moesaic.analysis._headline import headline
+from moesaic.analysis._page import clean, environment
 from moesaic.analysis.table import main_table
 
 _MAIN_STYLE, _DENSE_STYLE = 0, 5
-_CONTROLS = {code: "\ufffd" for code in (*range(32), 127) if chr(code) not in "\t\n\r"}
 _TRAINED = (
     ("loss", "Loss", "loss"),
     ("kl", "KL to the dense parent", "KL"),
@@ -54,7 +51,7 @@ def render_report(record: Mapping[str, Any]) -> str:
     tokens = _activation.token_scale(record)
     manifest = _record.section(record, "manifest")
     page = (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             headline=headline(record),
@@ -84,27 +81,7 @@ def render_report(record: Mapping[str, Any]) -> str:
             curve_domains=_curve_domains(record),
         )
     )
-    # A lone surrogate, which JSON can carry, has no UTF-8 form; HTML allows no control characters.
-    return page.translate(_CONTROLS).encode("utf-8", "replace").decode("utf-8")
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("moesaic.analysis", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # repr keeps every digit, so a reader of the page gets the stored number back.
-    environment.filters.update(
-        exact=repr,
-        significant=_format.significant,
-        percent=_format.percent,
-        multiple=_format.multiple,
-    )
-    return environment
+    return clean(page)
 
 
 def _curve_chart(record: Mapping[str, Any]) -> _charts.Chart | None:

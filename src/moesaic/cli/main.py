@@ -22,6 +22,7 @@ COMMANDS = {
     "compress": "Make a smaller dense baseline",
     "train": "Recover quality by self-distillation, at a requested budget",
     "eval": "Measure models beside their dense parent",
+    "compare": "Compare methods at the same active fraction, under one protocol",
     "bench": "Measure speed beside peers and the physical limit of this machine",
     "generate": "Write text with a dense or converted model",
     "report": "Turn an evaluation record into one HTML page",

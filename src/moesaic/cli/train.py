@@ -16,7 +16,14 @@ from moesaic._files import read_json, write_json
 from moesaic.cli._common import parse, quiet_libraries, show
 from moesaic.cli._progress import TerminalProgress
 from moesaic.data import DataConfig, load_documents, prepare
-from moesaic.models.checkpoint import add_step, load, load_tokenizer, save, verify_files
+from moesaic.models.checkpoint import (
+    add_step,
+    load,
+    load_dense,
+    load_tokenizer,
+    save,
+    verify_files,
+)
 from moesaic.recipes.claim import claim, held, holds_run
 from moesaic.recipes.plan import check_train
 from moesaic.training import TrainConfig, train
@@ -24,11 +31,12 @@ from moesaic.training import TrainConfig, train
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Train a converted model against its dense parent; run it again to resume.
+    """Train a converted or pruned model against its dense parent; run it again to resume.
 
     Attributes:
-        model: A converted checkpoint.
+        model: A converted or pruned checkpoint.
         output: Directory of the trained checkpoint.
+        teacher: The dense parent, where the model does not hold it: a pruned model lacks neurons.
         train: Settings of the training.
         data: The text.
         dry_run: Check everything, say what would be done, do nothing.
@@ -37,6 +45,7 @@ class Options:
 
     model: tyro.conf.Positional[Path]
     output: tyro.conf.Positional[Path]
+    teacher: str = ""
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     dry_run: bool = False
@@ -53,6 +62,7 @@ def run(argv: Sequence[str]) -> int:
         "model": {name: entry["sha256"] for name, entry in manifest["files"].items()},
         "train": to_plain(options.train),
         "data": to_plain(options.data),
+        **({"teacher": options.teacher} if options.teacher else {}),
     }
     work = options.output.with_name(f"{options.output.name}.partial")
     if options.output.exists():
@@ -84,7 +94,12 @@ def _train(options: Options, manifest: dict[str, Any], work: Path) -> dict[str, 
     tokenizer = load_tokenizer(str(options.model))
     with TerminalProgress() as progress:
         text = prepare(options.data, tokenizer, work / "data", progress=progress).train
-        model, results = train(load(options.model), text, options.train, work / "train", progress)
+        model = load(options.model)
+        dtype = str(model.dtype).removeprefix("torch.")
+        teacher = load_dense(options.teacher, dtype=dtype) if options.teacher else None
+        model, results = train(
+            model, text, options.train, work / "train", progress, teacher=teacher
+        )
     log = results.pop("log")
     shown = {**results, **{name: log[-1][name] for name in ("loss", "active")}}
     write_json(work / "saved.json", shown)

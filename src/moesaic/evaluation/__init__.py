@@ -12,6 +12,7 @@ from moesaic.evaluation.perplexity import (
     choose_blocks,
     evaluate_perplexity,
 )
+from moesaic.evaluation.questions import QuestionsConfig, build_tasks
 from moesaic.evaluation.record import EvaluationConfig, Subject, evaluate
 from moesaic.evaluation.speed import SpeedConfig, SpeedResult, measure_speed
 from moesaic.evaluation.tasks import TaskAccuracy, TasksConfig, check_tasks, evaluate_tasks
@@ -24,12 +25,14 @@ __all__ = [
     "EvaluationConfig",
     "QualityConfig",
     "QualityResult",
+    "QuestionsConfig",
     "SpeedConfig",
     "SpeedResult",
     "Subject",
     "TaskAccuracy",
     "TasksConfig",
     "block_bound",
+    "build_tasks",
     "check_tasks",
     "choose_blocks",
     "evaluate",

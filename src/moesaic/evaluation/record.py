@@ -18,7 +18,7 @@ from moesaic._progress import SILENT, Progress
 from moesaic.data import TokenBlocks, tokenizer_fingerprint
 from moesaic.evaluation.cost import model_cost
 from moesaic.evaluation.curve import check_threshold, threshold_curve, threshold_routers
-from moesaic.evaluation.intervals import Estimate, perplexity_ratio
+from moesaic.evaluation.intervals import BlockLosses, Estimate, perplexity_ratio
 from moesaic.evaluation.machine import machine_info
 from moesaic.evaluation.perplexity import (
     QualityConfig,
@@ -168,8 +168,10 @@ def evaluate(
                 "name": name,
                 "kind": subject.kind,
                 "path": subject.path,
-                "quality": _quality(qualities[name], qualities[parent], config.quality),
-                "cost": _cost(subject.model, qualities[name], blocks.block),
+                "quality": quality_section(
+                    qualities[name], qualities[parent].losses, config.quality
+                ),
+                "cost": cost_section(subject.model, qualities[name], blocks.block),
             }
             for name, subject in models.items()
         ],
@@ -234,8 +236,11 @@ def _data(blocks: TokenBlocks, quality: QualityResult) -> dict[str, Any]:
     return {"domains": domains, "block": length, "sha256": losses.text}
 
 
-def _quality(quality: QualityResult, dense: QualityResult, config: QualityConfig) -> dict[str, Any]:
-    ratio = perplexity_ratio(quality.losses, dense.losses, config.resamples, config.seed)
+def quality_section(
+    quality: QualityResult, dense: BlockLosses, config: QualityConfig
+) -> dict[str, Any]:
+    """Give the `quality` section of a model, beside what its dense parent lost on the same text."""
+    ratio = perplexity_ratio(quality.losses, dense, config.resamples, config.seed)
     return {
         "domains": {
             name: {
@@ -253,7 +258,8 @@ def _estimate(name: str, estimate: Estimate, low: str, high: str) -> dict[str, f
     return {name: estimate.value, low: estimate.low, high: estimate.high}
 
 
-def _cost(model: PreTrainedModel, quality: QualityResult, context: int) -> dict[str, Any]:
+def cost_section(model: PreTrainedModel, quality: QualityResult, context: int) -> dict[str, Any]:
+    """Give the `cost` section of a model, at the activity that was measured with its quality."""
     active = None if quality.activation is None else quality.activation.mean_per_layer()
     return model_cost(model, active, context=context).to_plain()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 from moesaic._errors import InputError
 from moesaic._files import require_space
 from moesaic.conversion.partition._base import validate_num_experts
 from moesaic.data import load_documents
+from moesaic.evaluation.activity import dense_ffn_width
 from moesaic.models.architectures import ARCHITECTURES
 from moesaic.models.checkpoint import check_weights, read_config
 from moesaic.recipes.recipe import Recipe
@@ -28,14 +30,13 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     if config.model_type not in ARCHITECTURES:
         raise InputError(f"model {recipe.model!r} is converted already; give its dense parent")
     check_weights(recipe.model)
-    width = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
-    width = width or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    width = dense_ffn_width(config)
     for step in recipe.steps:
         if step.kind == "convert" and hasattr(step.config, "experts"):
             validate_num_experts(width, step.config.experts)
         if step.kind == "train":
             check_train(step.config, recipe.data.block)
-    check_positions(recipe, getattr(config, "max_position_embeddings", None))
+    check_positions(_positions(recipe), getattr(config, "max_position_embeddings", None))
     if recipe.collectors() and recipe.calibration.tokens < recipe.data.block:
         raise InputError(
             f"calibration.tokens must be at least one block of {recipe.data.block}, got "
@@ -43,7 +44,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         )
     reads = bool(recipe.collectors()) or any(s.kind in ("train", "evaluate") for s in recipe.steps)
     documents = load_documents(recipe.data) if reads else ()
-    parameters = _parameters(config, width)
+    parameters = estimate_parameters(config)
     size = 2 if recipe.dtype in ("bfloat16", "float16") else 4
     trains = any(step.kind == "train" for step in recipe.steps)
     models = 1 + sum(step.kind != "evaluate" for step in recipe.steps)
@@ -89,16 +90,8 @@ def check_train(config: TrainConfig, block: int) -> None:
             )
 
 
-def check_positions(recipe: Recipe, limit: int | None) -> None:
-    """Refuse texts longer than the model reads.
-
-    Args:
-        recipe: With its steps.
-        limit: Positions of the model, or none if it has no bound.
-
-    Raises:
-        InputError: Naming the setting that asks for more.
-    """
+def _positions(recipe: Recipe) -> dict[str, int]:
+    """The longest texts that a recipe has read, by the setting that says so."""
     wanted = {"data.block": recipe.data.block}
     for step in recipe.steps:
         if step.kind == "evaluate" and step.config.measure_speed:
@@ -106,6 +99,19 @@ def check_positions(recipe: Recipe, limit: int | None) -> None:
             wanted["evaluate.speed.prefill_tokens"] = speed.prefill_tokens
             both = "evaluate.speed.prompt_tokens + decode_tokens"
             wanted[both] = speed.prompt_tokens + speed.decode_tokens
+    return wanted
+
+
+def check_positions(wanted: Mapping[str, int], limit: int | None) -> None:
+    """Refuse texts longer than the model reads.
+
+    Args:
+        wanted: Their lengths in tokens, by the setting that asks for them.
+        limit: Positions of the model, or none if it has no bound.
+
+    Raises:
+        InputError: Naming the setting that asks for more.
+    """
     for name, value in wanted.items():
         if limit is not None and value > limit:
             raise InputError(
@@ -127,7 +133,7 @@ def _statistics(recipe: Recipe, config: Any, width: int) -> int:
     return int(config.num_hidden_layers * per_layer + (4 * tokens * dim if needed else 0))
 
 
-def _parameters(config: Any, width: int) -> int:
+def estimate_parameters(config: Any) -> int:
     """Parameters of a decoder, near enough to plan with."""
-    dim, layers = config.hidden_size, config.num_hidden_layers
+    dim, layers, width = config.hidden_size, config.num_hidden_layers, dense_ffn_width(config)
     return int(config.vocab_size * dim * 2 + layers * (4 * dim * dim + 3 * dim * width))

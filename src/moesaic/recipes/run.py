@@ -7,7 +7,6 @@ and training go on at their layer or step.
 from __future__ import annotations
 
 import gc
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,23 +21,20 @@ from moesaic._progress import SILENT, Progress
 from moesaic.analysis import write_report
 from moesaic.calibration import CalibrationStats, calibrate
 from moesaic.data import DataSplit, prepare
-from moesaic.evaluation import Subject, evaluate, fastest_dtype
+from moesaic.evaluation import Subject, evaluate
 from moesaic.models.checkpoint import (
     MANIFEST,
     add_step,
     load,
-    load_dense,
     load_tokenizer,
-    new_manifest,
     read_manifest,
     save,
 )
 from moesaic.recipes.claim import claim, held
+from moesaic.recipes.parent import keep_parent, open_parent
 from moesaic.recipes.plan import plan
 from moesaic.recipes.recipe import METHODS, Recipe, Step
 from moesaic.training.run import clean, train
-
-logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -79,22 +75,11 @@ class Run:
 
     def dense(self) -> PreTrainedModel:
         """The dense parent."""
-        dtype = read_json(self.parent / "config.json")["dtype"]
-        return load_dense(str(self.parent), dtype=dtype)
+        return open_parent(self.parent)
 
     def save_parent(self) -> None:
         """Keep the parent as it is meant here: dequantised and in one dtype."""
-        if (self.parent / MANIFEST).is_file():
-            return
-        dtype = self.recipe.dtype
-        if dtype == "auto":
-            dtype = fastest_dtype()
-            logger.info("weights are %s, the fastest here", dtype)
-        with self.progress.stage("load the parent", 1, "models") as stage:
-            model = load_dense(self.recipe.model, dtype=dtype)
-            manifest = new_manifest(self.recipe.model, model)
-            save(model, self.parent, manifest, load_tokenizer(self.recipe.model))
-            stage.advance()
+        keep_parent(self.recipe.model, self.recipe.dtype, self.parent, self.progress)
 
     def check_text(self) -> None:
         """Refuse, before a model is loaded, to calibrate on more text than there is."""

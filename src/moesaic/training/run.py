@@ -1,4 +1,4 @@
-"""Train a converted model: what trains, against what, to which budget; resumed at a checkpoint."""
+"""Train a converted or pruned model: what trains, against what, to which budget; resumable."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from moesaic.models.checkpoint import fingerprint
 from moesaic.nn.layer import moe_layers
 from moesaic.training.budget import BudgetControl, settle_threshold, sigmoid_routers
 from moesaic.training.config import TrainConfig
-from moesaic.training.teacher import dense_teacher
+from moesaic.training.teacher import dense_teacher, given_teacher, is_own_teacher
 from moesaic.training.trainer import BlockDataset, DistillTrainer, StepRecorder
+from moesaic.training.zeros import pruned_zeros, zeros_kept
 
 METRICS = "metrics.jsonl"
 # The last file of a checkpoint to be written.
@@ -37,18 +38,24 @@ def train(
     config: TrainConfig,
     directory: Path,
     progress: Progress = SILENT,
+    *,
+    teacher: PreTrainedModel | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Train a converted model on text.
+    """Train a converted or pruned model on text.
 
     Run again after an interruption with the same model, text and settings, it goes on from its
-    last checkpoint and gives the same losses.
+    last checkpoint and gives the same losses. Weights that pruning set to zero stay zero; see
+    `moesaic.training.zeros`.
 
     Args:
-        model: A converted model, as converted; its dense parent is its teacher.
+        model: A model as converted or pruned. One without routers, or whose routers always choose
+            as many experts, has no budget: `config.active` is 0 then.
         text: Training text; held-out text must not be given.
         config: Settings.
         directory: Where metrics and checkpoints go.
         progress: Told of every token.
+        teacher: What it is distilled from, which is frozen. If none, the model's own weights with
+            all gates on, which is its dense parent only where every neuron of that is in it.
 
     Returns:
         The model in evaluation mode and the results: the metrics of each step under `log`.
@@ -63,31 +70,24 @@ def train(
             f"train tokens must be at least one step of {config.batch_blocks * text.block}, got "
             f"{config.tokens}; raise tokens or lower batch_blocks"
         )
-    if not any(layer.router is not None for layer in moe_layers(model)):
-        raise InputError("the model has no routed layer to train; convert it first")
-    if config.distill > 0 and not model.config.moesaic.get("exact", True):
-        raise InputError(
-            "the model cannot be its own teacher: its experts overlap or are copies, so all of "
-            "them on is not the dense parent; set distill 0 and language 1"
-        )
+    _check(model, config, teacher)
     terms: dict[str, Any] = getattr(model, "loss_terms", {})
-    if config.active > 0 and "sparsity" not in terms:
-        raise InputError("a budget needs the sparsity loss; convert with sparse_coef, or active 0")
-    if config.active > 0:
-        sigmoid_routers(model)
-    _claim(
-        directory,
-        {"settings": to_plain(config), "text": text.fingerprint(), "model": fingerprint(model)},
-    )
+    key = {"settings": to_plain(config), "text": text.fingerprint(), "model": fingerprint(model)}
+    if teacher is not None:
+        key["teacher"] = fingerprint(teacher)
+    _claim(directory, key)
     require_space(directory, _checkpoint_bytes(model), what="a training checkpoint")
 
     select_trainable(model, config.trains)
-    teacher = dense_teacher(model) if config.distill + config.match > 0 else None
+    if config.distill + config.match > 0:
+        teacher = dense_teacher(model) if teacher is None else given_teacher(teacher)
+    else:
+        teacher = None
     wrapped: nn.Module = _with_adapters(model, config) if config.trains == "lora" else model
     coef = terms["sparsity"].coef if "sparsity" in terms else 0.0
     control = BudgetControl(config.active, coef, config.budget_rate) if config.active > 0 else None
     step_tokens = config.batch_blocks * text.block
-    with progress.stage("train", steps * step_tokens, "tokens") as stage:
+    with zeros_kept(model), progress.stage("train", steps * step_tokens, "tokens") as stage:
         recorder = StepRecorder(directory / METRICS, control, stage, step_tokens, coef)
         trainer = DistillTrainer(
             wrapped,
@@ -119,6 +119,30 @@ def train(
     lines = (directory / METRICS).read_text().splitlines()[:steps]
     results["log"] = [json.loads(line) for line in lines]
     return model.eval(), results
+
+
+def _check(model: PreTrainedModel, config: TrainConfig, teacher: PreTrainedModel | None) -> None:
+    """Refuse what cannot be trained as the settings say."""
+    layers = moe_layers(model)
+    if not layers:
+        raise InputError("the model has no converted or pruned layer to train; convert it first")
+    if config.trains == "routers" and all(layer.router is None for layer in layers):
+        raise InputError("the model has no routers, and trains is 'routers'; set trains to 'ffn'")
+    if config.active > 0:
+        if "sparsity" not in getattr(model, "loss_terms", {}):
+            raise InputError(
+                "a budget needs the sparsity loss; convert with sparse_coef, or active 0"
+            )
+        sigmoid_routers(model)
+    if config.distill + config.match == 0:
+        return
+    if teacher is None and not (is_own_teacher(model) and not pruned_zeros(model)):
+        raise InputError(
+            "the model lacks weights of its dense parent, so it cannot be its own teacher; give "
+            "train the dense parent as teacher, or set distill and match to 0 and language to 1"
+        )
+    if teacher is model:
+        raise InputError("the teacher is the model itself, which would change; load it twice")
 
 
 def clean(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""The teacher of a converted model: its dense parent, the same weights with all gates on."""
+"""The teacher of a model: its dense parent, held by the model itself or loaded beside it."""
 
 from __future__ import annotations
 
@@ -31,6 +31,26 @@ def dense_teacher(model: PreTrainedModel) -> PreTrainedModel:
             parameter.requires_grad_(False)
     for layer in moe_layers(teacher):
         layer.all_on = True
+    teacher.eval()
+    return teacher
+
+
+def is_own_teacher(model: PreTrainedModel) -> bool:
+    """Tell whether a model with all experts on is its dense parent: every neuron has one place."""
+    width = model.config.moesaic.get("dense_width")
+    configs = [layer.config for layer in moe_layers(model)]
+    exact: bool = model.config.moesaic.get("exact", True)
+    return exact and (
+        width is None
+        or all(
+            config.shared_width + config.num_experts * config.width == width for config in configs
+        )
+    )
+
+
+def given_teacher(teacher: PreTrainedModel) -> PreTrainedModel:
+    """Freeze a teacher that was loaded beside the model."""
+    teacher.requires_grad_(False)
     teacher.eval()
     return teacher
 

@@ -52,11 +52,11 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
 
 class DistillTrainer(Trainer):
-    """Trains a converted model against its dense parent.
+    """Trains a converted or pruned model against its dense parent.
 
     Args:
         model: The model, possibly with adapters.
-        core: The converted model itself, inside `model`.
+        core: The converted or pruned model itself, inside `model`.
         teacher: Its dense parent, or none without distillation.
         config: Settings.
         domains: Names of the domains of the text.
@@ -151,10 +151,12 @@ class DistillTrainer(Trainer):
                 output_hidden_states=config.match > 0,
                 use_cache=False,
             )
-        loss = out.aux_loss
-        parts: dict[str, float] = {"aux": float(out.aux_loss.detach())}
+        # A model without routers has none.
+        aux = torch.zeros((), device=out.logits.device) if out.aux_loss is None else out.aux_loss
+        loss = aux
+        parts: dict[str, float] = {"aux": float(aux.detach())}
         if config.language > 0:
-            language = out.loss - out.aux_loss
+            language = out.loss - aux
             loss = loss + config.language * language
             parts["language"] = float(language.detach())
         if self.teacher is not None:
@@ -185,10 +187,14 @@ class DistillTrainer(Trainer):
             sums["layers"] = [a + b for a, b in zip(previous, layers, strict=True)]
             by_domain = sums.setdefault("domains", {})
             for domain in domain_B.unique().tolist():
-                fractions = active_fraction(routings, domain_T == domain)
-                mean = sum(fractions) / max(1, len(fractions))
+                mean = _mean(active_fraction(routings, domain_T == domain))
                 total, count = by_domain.get(domain, (0.0, 0))
                 by_domain[domain] = (total + mean, count + 1)
+
+
+def _mean(fractions: list[float]) -> float:
+    """Mean over layers; without routers all that is there is on."""
+    return sum(fractions) / len(fractions) if fractions else 1.0
 
 
 class StepRecorder(TrainerCallback, ExportableState):
@@ -254,7 +260,7 @@ class StepRecorder(TrainerCallback, ExportableState):
         passes = sums.pop("passes")
         layers = [value / passes for value in sums.pop("layers")]
         domains = sums.pop("domains")
-        active = sum(layers) / max(1, len(layers))
+        active = _mean(layers)
         line: dict[str, Any] = {
             "step": state.global_step,
             "tokens": state.global_step * self.step_tokens,

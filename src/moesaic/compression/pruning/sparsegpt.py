@@ -8,7 +8,7 @@ pruned itself. Only feed-forward networks are pruned here; the paper prunes atte
 number of zeros of a block is exact, where the code compares with a threshold.
 
 Zeros cost as much as other weights in a dense product: this says what sparsity costs in quality,
-not what it gains in speed. Retraining must keep the zeros, which the trainer here does not.
+not what it gains in speed. `moesaic.training` keeps the zeros.
 
 Beside the model and the walk, it holds 16 * F * F bytes, the Hessian of the down product and what
 becomes of it; its time in a layer grows with F * F * (T + D + F).

@@ -7,7 +7,7 @@ before it is pruned itself. Only feed-forward networks are pruned here; the pape
 too.
 
 Zeros cost as much as other weights in a dense product: this says what sparsity costs in quality,
-not what it gains in speed. Retraining must keep the zeros, which the trainer here does not.
+not what it gains in speed. `moesaic.training` keeps the zeros.
 
 Shapes: T tokens, F neurons of a network, D model width; R rows and C columns of one matrix.
 """

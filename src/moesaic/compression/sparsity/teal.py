@@ -145,6 +145,8 @@ def sparsify_teal(
                 "layers": [to_plain(spec) for spec in specs],
                 "losses": {},
                 "dense_width": specs[0].shared_width,
+                # Thresholds stay, whatever is on.
+                "exact": False,
             },
         )
         for layer, spec, cut in zip(layers, specs, cuts, strict=True):

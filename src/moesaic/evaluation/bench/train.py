@@ -12,15 +12,12 @@ import copy
 import dataclasses
 import json
 import os
-import re
-import resource
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -39,6 +36,7 @@ from moesaic.evaluation.bench.cell import (
     time_cell,
     use_threads,
 )
+from moesaic.evaluation.machine import peak_bytes
 from moesaic.models.architectures import ARCHITECTURES
 from moesaic.models.ffn import decoder_layers, fill_experts, read_ffn
 from moesaic.models.modeling import moesaic_classes
@@ -357,14 +355,4 @@ def _print_peak(name: str, values: str) -> None:
     # The first step makes the state of the optimiser; the second has all of it.
     for _ in range(2):
         step()
-    print(_peak_bytes() - before)  # noqa: T201
-
-
-def _peak_bytes() -> int:
-    """Largest memory of this process so far."""
-    status = Path("/proc/self/status")
-    # Linux hands the parent's ru_maxrss down to its children, so it is not asked there.
-    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return 1024 * int(found[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(peak_bytes() - before)  # noqa: T201

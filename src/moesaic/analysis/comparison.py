@@ -1,0 +1,346 @@
+"""A comparison of methods in words and as a table: who is best at which budget, and how surely.
+
+An entry is a method at a budget, over its seeds: the ratio of perplexities is their geometric mean,
+and its interval reaches from the lowest to the highest end of theirs, so that it holds what both
+the choice of text and the seed can change. An entry whose measured active fraction is off its
+budget is shown and not ranked: at more weights any method looks better. Bounds know what no method
+can know, so they stand apart and never win.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, geometric_mean
+from typing import Any, Literal, NamedTuple
+
+from moesaic.analysis import _record
+from moesaic.analysis._format import multiple, significant
+
+# How far a measured fraction may be from its budget.
+TOLERANCE = 0.02
+_ROUNDING = 1e-9
+BOUND = "bound"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What is reported.
+
+    Attributes:
+        protocol: As plain data; its order of methods and budgets is that of the tables.
+        dense: Record of the dense parent; none if it was not measured.
+        lines: Results, one for each cell.
+    """
+
+    protocol: Mapping[str, Any]
+    lines: Sequence[Mapping[str, Any]]
+    dense: Mapping[str, Any] | None = None
+
+
+class Ratio(NamedTuple):
+    """Perplexity over the dense parent's, with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def text(self) -> str:
+        """As 1.23 (1.20-1.26)."""
+        value, low, high = (multiple(v).removesuffix("x") for v in self)
+        return f"{value} ({low}-{high})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A method at a budget, trained or not, over its seeds.
+
+    Attributes:
+        method: Its name.
+        kind: `convert`, `compress` or `bound`.
+        static: Whether the same weights serve every token.
+        budget: The requested active fraction.
+        trained: Whether it was trained.
+        status: `done` if a seed is; else `refused`, `error` or `missing`.
+        reason: Of a seed that was refused or failed.
+        seeds: How many are done.
+        ratio: Over the dense parent.
+        active: The measured active fraction, mean over seeds.
+        on_budget: Whether every seed met its budget.
+        domains: Perplexities.
+        active_parameters: What one token uses of the whole model, mean over seeds.
+        seconds: Of conversion, training and evaluation, mean over seeds.
+        peak_bytes: The largest of the seeds.
+        accuracy: By file of questions, mean over seeds.
+    """
+
+    method: str
+    kind: str
+    static: bool
+    budget: float
+    trained: bool
+    status: Literal["done", "refused", "error", "missing"]
+    reason: str = ""
+    seeds: int = 0
+    ratio: Ratio | None = None
+    active: float | None = None
+    on_budget: bool = False
+    domains: Mapping[str, float] | None = None
+    active_parameters: float | None = None
+    seconds: Mapping[str, float] | None = None
+    peak_bytes: float | None = None
+    accuracy: Mapping[str, float] | None = None
+
+
+def entries(comparison: Comparison) -> list[Entry]:
+    """Put the lines of a comparison together, in the order of the protocol.
+
+    Raises:
+        InputError: If a line holds a wrong kind of value.
+    """
+    protocol = comparison.protocol
+    budgets = _record.numbers(protocol, "budgets")
+    methods = _record.section(protocol, "methods")
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    # What a method is, any line of it tells.
+    kinds: dict[str, Mapping[str, Any]] = {}
+    for line in comparison.lines:
+        key = (line["method"], line["active"], line["trained"])
+        groups.setdefault(key, []).append(line)
+        kinds.setdefault(line["method"], line)
+    return [
+        _entry(str(name), kinds.get(name, {}), budget, trained, groups.get(key, []))
+        for trained in _record.items(protocol, "trained")
+        for name in methods
+        for budget in budgets
+        for key in [(name, budget, trained)]
+    ]
+
+
+def _entry(
+    method: str,
+    about: Mapping[str, Any],
+    budget: float,
+    trained: bool,
+    lines: Sequence[Mapping[str, Any]],
+) -> Entry:
+    first = lines[0] if lines else {}
+    kind, static = _record.text(about, "kind"), bool(about.get("static", False))
+    done = [line for line in lines if line["status"] == "done"]
+    failed = [line for line in lines if line["status"] != "done"]
+    reason = _record.text(failed[0], "reason") if failed else ""
+    if not done:
+        return Entry(
+            method=method,
+            kind=kind,
+            static=static,
+            budget=budget,
+            trained=trained,
+            status=first.get("status", "missing"),
+            reason=reason,
+        )
+    qualities = [_record.section(line, "quality") for line in done]
+    costs = [_record.section(line, "cost") for line in done]
+    active = _needed(costs, "active_ffn_fraction")
+    return Entry(
+        method=method,
+        kind=kind,
+        static=static,
+        budget=budget,
+        trained=trained,
+        status="done",
+        reason=reason,
+        seeds=len(done),
+        ratio=Ratio(
+            geometric_mean(_needed(qualities, "ratio")),
+            min(_needed(qualities, "ratio_low")),
+            max(_needed(qualities, "ratio_high")),
+        ),
+        active=fmean(active),
+        on_budget=all(abs(value - budget) <= TOLERANCE + _ROUNDING for value in active),
+        domains=_means(
+            [
+                {
+                    name: _record.section(_record.section(q, "domains"), name)["perplexity"]
+                    for name in _record.section(q, "domains")
+                }
+                for q in qualities
+            ],
+            geometric_mean,
+        ),
+        active_parameters=fmean(_needed(costs, "active_parameters")),
+        seconds=_means([_record.section(line, "seconds") for line in done], fmean),
+        peak_bytes=max((line.get("peak_bytes", 0) for line in done), default=0) or None,
+        accuracy=_means([accuracies(line) for line in done], fmean),
+    )
+
+
+def _needed(sections: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    return [_record.as_number(section.get(key), key) for section in sections]
+
+
+def _means(tables: Sequence[Mapping[str, Any]], mean: Any) -> dict[str, float]:
+    """Mean of every number that all tables have."""
+    names = [name for name in tables[0] if all(name in table for table in tables)]
+    return {name: mean([table[name] for table in tables]) for name in names}
+
+
+def accuracies(line: Mapping[str, Any]) -> dict[str, float]:
+    """What a model scored, by file of questions."""
+    found = _record.section(line, "accuracy")
+    return {name: _record.section(found, name)["acc"] for name in found}
+
+
+def ranked(found: Sequence[Entry], budget: float, trained: bool) -> list[Entry]:
+    """The entries of a budget that can be compared, best first; never a bound."""
+    return sorted(
+        (
+            entry
+            for entry in found
+            if (entry.budget, entry.trained) == (budget, trained)
+            and entry.ratio is not None
+            and entry.on_budget
+            and entry.kind != BOUND
+        ),
+        key=lambda entry: _ratio(entry).value,
+    )
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """One sentence for every budget, without training and with it."""
+    found = entries(comparison)
+    return [
+        verdict(found, budget, trained, comparison.protocol)
+        for trained in _record.items(comparison.protocol, "trained")
+        for budget in _record.numbers(comparison.protocol, "budgets")
+    ]
+
+
+def verdict(
+    found: Sequence[Entry], budget: float, trained: bool, protocol: Mapping[str, Any]
+) -> str:
+    """Name the best method at a budget, or say that none can be told to be it."""
+    where = f"At {budget:g} active {_training(trained, protocol)}"
+    order = ranked(found, budget, trained)
+    if not order:
+        return f"{where} no method was measured within {TOLERANCE:g} of the budget."
+    best, ratio = order[0], _ratio(order[0])
+    if len(order) == 1:
+        return f"{where}, only {best.method} was measured: {ratio.text()}."
+    close = [entry for entry in order[1:] if _ratio(entry).low <= ratio.high]
+    if close:
+        others = _and([f"{entry.method} {_ratio(entry).text()}" for entry in close])
+        text = (
+            f"{where}, {best.method} is ahead, {ratio.text()}, but intervals overlap, so it is "
+            f"not settled against {others}"
+        )
+    else:
+        text = f"{where}, {best.method} is best: {ratio.text()}"
+    if best.static:
+        return f"{text}; it is static, the same weights serve every token."
+    static = next((entry for entry in order if entry.static), None)
+    if static is None:
+        return f"{text}; no static method was measured there."
+    if static in close:
+        return f"{text}; the best static method is {static.method}."
+    return f"{text}; the best static method is {static.method}: {_ratio(static).text()}."
+
+
+def _ratio(entry: Entry) -> Ratio:
+    assert entry.ratio is not None
+    return entry.ratio
+
+
+def _training(trained: bool, protocol: Mapping[str, Any]) -> str:
+    if not trained:
+        return "without training"
+    tokens = _record.number(_record.section(protocol, "train"), "tokens")
+    return f"after training on {tokens:,} tokens" if tokens else "after training"
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def pareto(found: Sequence[Entry], trained: bool) -> list[Entry]:
+    """The entries that no other beats in both ratio and measured fraction, by fraction."""
+    points = sorted(
+        (e for e in found if e.trained == trained and e.ratio and e.kind != BOUND),
+        key=lambda e: (e.active or 0.0, _ratio(e).value),
+    )
+    front: list[Entry] = []
+    least = math.inf
+    for entry in points:
+        if _ratio(entry).value < least:
+            least = _ratio(entry).value
+            front.append(entry)
+    return front
+
+
+def cell_text(entry: Entry) -> str:
+    """Write an entry as one cell of a table."""
+    if entry.ratio is None:
+        return {"refused": "refused", "error": "failed"}.get(entry.status, "-")
+    if entry.on_budget or entry.active is None:
+        return entry.ratio.text()
+    return f"{entry.ratio.text()} at {significant(entry.active)}, not ranked"
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """Write a comparison for a document: its sentences, a table each without and with training.
+
+    The best ratio of a budget is bold, with those whose interval overlaps with it.
+
+    Raises:
+        InputError: If a line holds a wrong kind of value.
+    """
+    found = entries(comparison)
+    protocol = comparison.protocol
+    budgets = _record.numbers(protocol, "budgets")
+    parts = []
+    for trained in _record.items(protocol, "trained"):
+        of_state = [entry for entry in found if entry.trained == trained]
+        heading = _training(trained, protocol)
+        sentences = [verdict(found, budget, trained, protocol) for budget in budgets]
+        parts.append(f"### {heading[0].upper()}{heading[1:]}")
+        parts.append("\n".join(f"- {sentence}" for sentence in sentences))
+        methods = [entry for entry in of_state if entry.kind != BOUND]
+        parts.append(_table(methods, budgets, "method", found))
+        if bounds := [entry for entry in of_state if entry.kind == BOUND]:
+            parts.append("Bounds, which choose by what no method can know before it computes:")
+            parts.append(_table(bounds, budgets, "bound", found))
+    parts.append(
+        "Perplexity over the dense parent's: the geometric mean over domains and seeds, and in "
+        "parentheses the 95% interval over documents, the widest that the seeds give."
+    )
+    reasons = dict.fromkeys(
+        f"- {entry.method} at {entry.budget:g}: {entry.reason}" for entry in found if entry.reason
+    )
+    if reasons:
+        parts.append("Not measured:")
+        parts.append("\n".join(reasons))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(
+    shown: Sequence[Entry], budgets: Sequence[float], title: str, found: Sequence[Entry]
+) -> str:
+    best = {id(e) for budget in budgets for e in leaders(found, budget, shown[0].trained)}
+    rows = [[title, *(f"{budget:g} active" for budget in budgets)], ["---"] * (len(budgets) + 1)]
+    for name in dict.fromkeys(entry.method for entry in shown):
+        own = [entry for entry in shown if entry.method == name]
+        label = f"{name} (static)" if any(entry.static for entry in own) else name
+        rows.append(
+            [
+                label,
+                *(f"**{cell_text(e)}**" if id(e) in best else cell_text(e) for e in own),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def leaders(found: Sequence[Entry], budget: float, trained: bool) -> list[Entry]:
+    """The best of a budget, and those that may be as good."""
+    order = ranked(found, budget, trained)
+    return [entry for entry in order if _ratio(entry).low <= _ratio(order[0]).high]

@@ -1,0 +1,171 @@
+"""A comparison of methods as one HTML page that needs no network and no script."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moesaic.analysis import _charts, _format, _history, _record
+from moesaic.analysis._page import clean, environment
+from moesaic.analysis.comparison import (
+    BOUND,
+    Comparison,
+    Entry,
+    accuracies,
+    cell_text,
+    entries,
+    leaders,
+    pareto,
+    verdict,
+)
+
+# Neutral, so no method has it.
+_FRONT_STYLE = 5
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """Render a comparison as HTML.
+
+    Every text is escaped, and the page forbids scripts and outside content.
+
+    Raises:
+        InputError: If a line holds a wrong kind of value.
+    """
+    found = entries(comparison)
+    protocol = comparison.protocol
+    budgets = _record.numbers(protocol, "budgets")
+    page = (
+        environment()
+        .get_template("comparison.html.j2")
+        .render(
+            model=_record.text(protocol, "model"),
+            budgets=budgets,
+            states=[
+                _state(found, trained, protocol) for trained in _record.items(protocol, "trained")
+            ],
+            missing=[entry for entry in found if entry.reason],
+            costs=[entry for entry in found if entry.ratio is not None],
+            domains=_domains(found),
+            dense=_dense(comparison.dense),
+            tasks=_tasks(found),
+            protocol=_history.raw_json(protocol),
+            machine=_history.flatten(_first(comparison, "machine")),
+            versions=_history.flatten(_first(comparison, "versions")),
+            levels=[],
+        )
+    )
+    return clean(page)
+
+
+def _first(comparison: Comparison, key: str) -> Mapping[str, Any]:
+    """What the first line that says it says."""
+    found = (_record.section(line, key) for line in comparison.lines if key in line)
+    return next(found, {})
+
+
+def _state(found: Sequence[Entry], trained: bool, protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """What is shown of the methods without training, or with it."""
+    budgets = _record.numbers(protocol, "budgets")
+    of_state = [entry for entry in found if entry.trained == trained]
+    best = [entry for budget in budgets for entry in leaders(found, budget, trained)]
+    return {
+        "title": "After training" if trained else "Without training",
+        "id": "trained" if trained else "free",
+        "verdicts": [verdict(found, budget, trained, protocol) for budget in budgets],
+        "methods": _rows([e for e in of_state if e.kind != BOUND], best),
+        "bounds": _rows([e for e in of_state if e.kind == BOUND], best),
+        "chart": pareto_chart(found, trained),
+    }
+
+
+def _rows(shown: Sequence[Entry], best: Sequence[Entry]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "static": any(e.static for e in shown if e.method == name),
+            "cells": [
+                {
+                    "entry": e,
+                    "text": cell_text(e),
+                    "best": any(e is one for one in best),
+                }
+                for e in shown
+                if e.method == name
+            ],
+        }
+        for name in dict.fromkeys(entry.method for entry in shown)
+    ]
+
+
+def pareto_chart(found: Sequence[Entry], trained: bool) -> _charts.Chart | None:
+    """Lay out ratio against measured active fraction, one line for each method.
+
+    Off-budget entries are shown where they are; the line of the front joins what nothing beats.
+    """
+    shown = [e for e in found if e.trained == trained and e.ratio is not None]
+    series = []
+    styles = (n for n in itertools.count() if n % _charts.NUM_STYLES != _FRONT_STYLE)
+    for name in dict.fromkeys(entry.method for entry in shown):
+        own = sorted((e for e in shown if e.method == name), key=lambda e: e.active or 0.0)
+        bound = own[0].kind == BOUND
+        series.append(_points(f"{name} (bound)" if bound else name, own, style=next(styles)))
+    front = pareto(found, trained)
+    if len(series) > 1 and len(front) > 1:
+        line = _points("best so far", front, style=_FRONT_STYLE)
+        series.append(line)
+    ratios = [v for e in shown if e.ratio is not None for v in e.ratio]
+    if not ratios:
+        return None
+    low, high = min(1.0, *ratios), max(1.0, *ratios)
+    margin = max(high / low, 1.02) ** 0.05
+    return _charts.line_chart(
+        series,
+        title="Quality against compute",
+        x_title="measured active fraction of the feed-forward weights",
+        y_title="perplexity ratio to dense",
+        write_x=_format.tick_percent,
+        write_y=_format.tick,
+        y_axis=_charts.Axis(low=low / margin, high=high * margin, log=True),
+        reference=1.0,
+    )
+
+
+def _points(name: str, own: Sequence[Entry], *, style: int) -> _charts.Points:
+    return _charts.Points(
+        name=name,
+        x=[e.active or 0.0 for e in own],
+        y=[e.ratio.value for e in own if e.ratio is not None],
+        titles=[
+            f"{e.method} asked for {e.budget:g}: {_format.percent(e.active or 0.0)} active, "
+            f"{cell_text(e)}"
+            for e in own
+        ],
+        low=[e.ratio.low for e in own if e.ratio is not None],
+        high=[e.ratio.high for e in own if e.ratio is not None],
+        style=style,
+    )
+
+
+def _domains(found: Sequence[Entry]) -> list[str]:
+    return list(dict.fromkeys(name for entry in found for name in entry.domains or {}))
+
+
+def _tasks(found: Sequence[Entry]) -> list[str]:
+    return list(dict.fromkeys(name for entry in found for name in entry.accuracy or {}))
+
+
+def _dense(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the tables show of the dense parent."""
+    if record is None:
+        return None
+    quality, cost = _record.section(record, "quality"), _record.section(record, "cost")
+    domains = _record.section(quality, "domains")
+    return {
+        "domains": {
+            str(name): _record.number(_record.section(domains, name), "perplexity")
+            for name in domains
+        },
+        "accuracy": accuracies(record),
+        "active_parameters": _record.number(cost, "active_parameters"),
+    }

@@ -1,0 +1,192 @@
+"""The work of one cell: make the model, train it if asked, and measure it beside its parent."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from moesaic._config import to_plain
+from moesaic._errors import CheckpointError, InputError
+from moesaic._files import read_json, write_json
+from moesaic._progress import Progress
+from moesaic.evaluation import evaluate_perplexity
+from moesaic.evaluation.machine import machine_info, peak_bytes
+from moesaic.evaluation.record import cost_section, quality_section
+from moesaic.nn.layer import moe_layers
+from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
+from moesaic.recipes.comparison.cells import Cell
+from moesaic.recipes.comparison.protocol import Protocol
+from moesaic.recipes.comparison.shared import Shared
+from moesaic.recipes.recipe import METHODS
+from moesaic.training.run import clean, train
+
+
+class RefusedError(Exception):
+    """A method will not do what a cell asks; its message is the method's sentence."""
+
+
+def resolved(protocol: Protocol, cell: Cell) -> dict[str, Any]:
+    """Everything of its own that decides the result of a cell, as plain data.
+
+    Raises:
+        InputError: If the settings of its method cannot meet its budget.
+    """
+    method = protocol.methods[cell.method]
+    training = None
+    if cell.trained:
+        training = to_plain(protocol.training(method, cell.active, cell.seed))
+        # Whether the budget is held in training, the model tells.
+        del training["active"]
+    return {
+        "kind": method.kind,
+        "registered": method.method,
+        "config": to_plain(method.config(cell.active, cell.seed)),
+        "train": training,
+    }
+
+
+def measure(shared: Shared, cell: Cell, work: Path, progress: Progress) -> dict[str, Any]:
+    """Do a cell from the dense parent on.
+
+    Args:
+        shared: What it has in common with others.
+        cell: What to do.
+        work: Its directory. An interrupted cell goes on from what is there.
+        progress: Told of every stage.
+
+    Returns:
+        Its line, plain data.
+
+    Raises:
+        RefusedError: If the method refuses the cell.
+    """
+    settings = resolved(shared.protocol, cell)
+    resumed = _claim(work, settings)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "conversion"):
+        model, results = _make(shared, cell, work, progress)
+    trained = {"tokens": 0, "budget": 0.0}
+    if cell.trained:
+        with _timed(seconds, "training"):
+            model, trained = _train(shared, model, cell, work / "training", progress)
+    protocol, heldout = shared.protocol, shared.split.heldout
+    with _timed(seconds, "evaluation"):
+        quality = evaluate_perplexity(
+            model,
+            heldout,
+            protocol.heldout.quality,
+            progress,
+            block_N=shared.block_N,
+            name=cell.method,
+        )
+    line: dict[str, Any] = {
+        **cell.plain(),
+        "status": "done",
+        **settings,
+        "static": protocol.methods[cell.method].static,
+        "quality": quality_section(quality, shared.dense_losses(), protocol.heldout.quality),
+        "cost": cost_section(model, quality, heldout.block),
+        "accuracy": shared.ask(model),
+        "trained_tokens": trained["tokens"],
+        "trained_budget": trained["budget"],
+        "results": to_plain(results),
+    }
+    clean(work / "training")
+    shutil.rmtree(work / "layers", ignore_errors=True)
+    return {
+        **line,
+        # An interrupted cell says what its last part took.
+        "resumed": resumed,
+        "seconds": seconds,
+        "peak_bytes": peak_bytes(),
+        "machine": machine_info(str(model.dtype).removeprefix("torch."), str(model.device)),
+        "versions": {"moesaic": version("moesaic"), "commit": commit()},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _claim(work: Path, settings: Mapping[str, Any]) -> bool:
+    """Make a directory that of a cell; what other settings left goes. Tells whether to go on."""
+    record = work / "cell.json"
+    if record.is_file() and read_json(record) == settings:
+        return True
+    shutil.rmtree(work, ignore_errors=True)
+    write_json(record, settings)
+    return False
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 2)
+
+
+def _make(
+    shared: Shared, cell: Cell, work: Path, progress: Progress
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Apply the method to the dense parent."""
+    method = shared.protocol.methods[cell.method]
+    config = method.config(cell.active, cell.seed)
+    apply = METHODS[method.kind].load(method.method)
+    stats = shared.stats(config.collectors())
+    try:
+        made: tuple[PreTrainedModel, dict[str, Any]] = apply(
+            shared.dense(), stats, config, store=work / "layers", progress=progress
+        )
+    except CheckpointError:
+        raise
+    except InputError as error:
+        raise RefusedError(str(error)) from error
+    return made
+
+
+def _train(
+    shared: Shared, model: PreTrainedModel, cell: Cell, directory: Path, progress: Progress
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Train as every method is trained: against the dense parent, with a budget if it can hold one.
+
+    The results say the budget that was held, 0 if none.
+    """
+    protocol = shared.protocol
+    held = cell.active if _holds_budget(model) else 0.0
+    config = protocol.training(protocol.methods[cell.method], held, cell.seed)
+    teacher = shared.dense() if config.distill > 0 else None
+    model, results = train(model, shared.split.train, config, directory, progress, teacher=teacher)
+    return model, {"tokens": results["tokens"], "budget": held}
+
+
+def _holds_budget(model: PreTrainedModel) -> bool:
+    """Whether a controller can steer how much of the model is active."""
+    return "sparsity" in getattr(model, "loss_terms", {}) and all(
+        isinstance(layer.router, SigmoidThreshold) for layer in moe_layers(model)
+    )
+
+
+def commit() -> str:
+    """The commit of this code, with `+` if it was changed since; empty outside its repository."""
+    here = Path(__file__).resolve()
+
+    def git(*words: str) -> str | None:
+        try:
+            run = subprocess.run(
+                ["git", "-C", str(here.parent), *words], capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return None
+        return run.stdout.strip() if run.returncode == 0 else None
+
+    # Installed inside somebody else's repository, its commit is not ours.
+    if not git("ls-files", "--error-unmatch", str(here)):
+        return ""
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", str(here.parents[2]))
+    return f"{git('rev-parse', 'HEAD')}{'+' if changed else ''}"

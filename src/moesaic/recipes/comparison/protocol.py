@@ -1,0 +1,332 @@
+"""The protocol as data: what every method has in common, and the methods by name.
+
+Everything that could favour a method is said once, for all of them: the model, the text, what is
+calibrated on, what is measured, and the training. A method has its own settings, but not its own
+budget, seed or training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from moesaic._config import build_config, to_plain
+from moesaic._errors import InputError, UnknownNameError
+from moesaic.calibration.run import CalibrationConfig
+from moesaic.data import DataConfig
+from moesaic.evaluation import QuestionsConfig
+from moesaic.evaluation.perplexity import QualityConfig
+from moesaic.recipes._yaml import load_yaml
+from moesaic.recipes.recipe import METHODS, apply_override, method_step
+from moesaic.training.config import TrainConfig
+
+# What a method may have of its own in training: how its routers follow, and memory.
+_OWN_TRAINING = ("accumulate", "budget_rate", "router_learning_rate")
+# What the protocol decides.
+_NOT_OPTIONS = {"active": "budgets", "seed": "seeds"}
+# A name is also that of a directory.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """What is measured, on held-out text.
+
+    Attributes:
+        blocks_per_domain: At most so many blocks of each domain are read by each model.
+        quality: How they are read.
+        seed: Of the choice of blocks.
+    """
+
+    blocks_per_domain: int = 16
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.blocks_per_domain < 1:
+            raise InputError(
+                f"blocks_per_domain must be at least 1, got {self.blocks_per_domain}; raise it"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Head:
+    """A protocol as it is written."""
+
+    model: str
+    methods: Any
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    data: DataConfig = field(default_factory=DataConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    heldout: HeldOut = field(default_factory=HeldOut)
+    questions: QuestionsConfig = field(default_factory=lambda: QuestionsConfig(per_domain=0))
+    train: Any = None
+    budgets: tuple[float, ...] = (0.75, 0.5, 0.375, 0.25)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    trained: tuple[bool, ...] = (False, True)
+    plugins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Item:
+    """A method as it is written, beside the name of its kind."""
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """One method of a comparison.
+
+    Attributes:
+        name: Here; a method may stand several times with other settings.
+        kind: `convert` or `compress`.
+        method: Registered name.
+        options: Settings that differ from its own, without the budget and the seed.
+        train: Settings of the training that are its own.
+    """
+
+    name: str
+    kind: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def seeded(self) -> bool:
+        """Whether its settings have a seed, so that seeds differ without training."""
+        return "seed" in _fields(METHODS[self.kind].load_config(self.method))
+
+    @property
+    def static(self) -> bool:
+        """Whether the same weights serve every token."""
+        abilities = METHODS[self.kind][self.method].abilities
+        return self.kind == "compress" and "per-token" not in abilities
+
+    def config(self, active: float, seed: int) -> Any:
+        """Its settings at a budget.
+
+        Raises:
+            InputError: If they cannot meet it.
+        """
+        options = {**self.options, "method": self.method, "active": active}
+        if self.seeded:
+            options["seed"] = seed
+        return method_step(self.kind, options).config
+
+    def plain(self) -> dict[str, Any]:
+        """The method as data."""
+        return {
+            self.kind: self.method,
+            "options": to_plain(self.options),
+            "train": to_plain(self.train),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """Everything that a comparison needs.
+
+    Attributes:
+        model: The dense parent: a directory, hub name, .gguf file or `package:NAME`.
+        dtype: Of the weights; `auto` measures which is fastest here.
+        data: The text.
+        calibration: How much of it is read to calibrate, once for all methods.
+        heldout: What is measured.
+        questions: Multiple-choice questions from the same held-out text; none by default, since
+            they are slow and need lm-eval.
+        train: The training, the same for every method: its tokens, steps, rates and what trains.
+            A budget is held where routers can hold one.
+        budgets: Requested active fractions of the feed-forward weights.
+        seeds: Of conversion and training.
+        trained: Whether methods are measured without training, with it, or both.
+        plugins: Python modules that register methods, imported first.
+        methods: By name.
+    """
+
+    model: str
+    dtype: str
+    data: DataConfig
+    calibration: CalibrationConfig
+    heldout: HeldOut
+    questions: QuestionsConfig
+    train: TrainConfig
+    budgets: tuple[float, ...]
+    seeds: tuple[int, ...]
+    trained: tuple[bool, ...]
+    plugins: tuple[str, ...]
+    methods: Mapping[str, Method]
+
+    def common(self) -> dict[str, Any]:
+        """What decides every result: a directory of results has one of these."""
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "data": to_plain(self.data),
+            "calibration": to_plain(self.calibration),
+            "heldout": to_plain(self.heldout),
+            "questions": to_plain(self.questions),
+        }
+
+    def plain(self) -> dict[str, Any]:
+        """The protocol as data, every setting of its own spelt out."""
+        train = to_plain(self.train)
+        return {
+            **self.common(),
+            "train": {name: train[name] for name in train if name not in _NOT_OPTIONS},
+            "budgets": list(self.budgets),
+            "seeds": list(self.seeds),
+            "trained": list(self.trained),
+            "plugins": list(self.plugins),
+            "methods": {name: method.plain() for name, method in self.methods.items()},
+        }
+
+    def training(self, method: Method, active: float, seed: int) -> TrainConfig:
+        """The training of one cell.
+
+        Args:
+            method: Whose own settings count.
+            active: Budget to hold; 0 for a model that cannot.
+            seed: Of the order of the text.
+        """
+        return dataclasses.replace(self.train, **{**method.train, "active": active, "seed": seed})
+
+
+def read_protocol(path: Path, overrides: Sequence[str] = ()) -> Protocol:
+    """Read a protocol and apply overrides.
+
+    Args:
+        path: A YAML file.
+        overrides: `a.b=value` each, the value in YAML.
+
+    Returns:
+        The protocol, all names and values checked.
+
+    Raises:
+        InputError: Naming the field, the value and the remedy.
+    """
+    if not path.is_file():
+        raise InputError(f"protocol {path} does not exist; check the path")
+    try:
+        values = load_yaml(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"protocol {path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"protocol {path} must be a mapping with model and methods")
+    for override in overrides:
+        apply_override(values, override)
+    return build_protocol(values)
+
+
+def build_protocol(values: Mapping[str, Any]) -> Protocol:
+    """Build a protocol from plain data; see `read_protocol`."""
+    head = build_config(_Head, values, where="protocol")
+    for name in head.plugins:
+        _import_plugin(name)
+    for name in ("budgets", "seeds", "trained"):
+        given = getattr(head, name)
+        if not given or len(set(given)) < len(given):
+            raise InputError(f"protocol.{name} must be a list of distinct values, got {given}")
+    for active in head.budgets:
+        if not 0.0 < active <= 1.0:
+            raise InputError(
+                f"protocol.budgets must be in (0, 1], got {active}; 0.5 uses half of the weights"
+            )
+    if min(head.seeds) < 0:
+        raise InputError(f"protocol.seeds must be at least 0, got {min(head.seeds)}")
+    if not isinstance(head.methods, dict) or not head.methods:
+        raise InputError(
+            "protocol.methods must be a mapping of names to methods, such as "
+            "{flap: {compress: flap}}"
+        )
+    protocol = Protocol(
+        model=head.model,
+        dtype=head.dtype,
+        data=head.data,
+        calibration=head.calibration,
+        heldout=head.heldout,
+        questions=head.questions,
+        train=_training(head.train),
+        budgets=head.budgets,
+        seeds=head.seeds,
+        trained=head.trained,
+        plugins=head.plugins,
+        methods={str(name): _method(str(name), item) for name, item in head.methods.items()},
+    )
+    for method in protocol.methods.values():
+        protocol.training(method, 0.0, 0)
+        # A name that nobody knows is an error now; a budget that cannot be met is a result later.
+        try:
+            method.config(head.budgets[0], 0)
+        except UnknownNameError:
+            raise
+        except InputError:
+            continue
+    return protocol
+
+
+def _import_plugin(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise InputError(
+            f"protocol.plugins names {name!r}, which Python does not find; install it or add its "
+            "directory to PYTHONPATH"
+        ) from error
+
+
+def _training(values: Any) -> TrainConfig:
+    """The training that all methods share."""
+    values = values or {}
+    if not isinstance(values, dict):
+        raise InputError(f"protocol.train must be a mapping of options, got {values!r}")
+    for name, source in _NOT_OPTIONS.items():
+        if name in values:
+            raise InputError(f"protocol.train.{name} comes from {source}; leave it out")
+    return build_config(TrainConfig, {**values, "active": 0.0}, where="protocol.train")
+
+
+def _method(name: str, item: Any) -> Method:
+    where = f"protocol.methods.{name}"
+    if not _NAME.fullmatch(name):
+        raise InputError(f"{where} must be of letters, digits, '.', '_' and '-'; rename it")
+    kinds = [kind for kind in METHODS if isinstance(item, dict) and kind in item]
+    if len(kinds) != 1:
+        raise InputError(
+            f"{where} must have either {' or '.join(METHODS)} with the name of a method, got "
+            f"{item!r}"
+        )
+    kind = kinds[0]
+    rest = {key: value for key, value in item.items() if key != kind and value is not None}
+    if "method" in rest:
+        raise InputError(f"{where} names its method twice; leave out 'method'")
+    head = build_config(_Item, {"method": item[kind], **rest}, where=where)
+    if "active" not in _fields(METHODS[kind].load_config(head.method)):
+        raise InputError(
+            f"{where}: {head.method} has no setting active, so it has no budget; compare others"
+        )
+    for option, source in _NOT_OPTIONS.items():
+        if option in head.options:
+            raise InputError(f"{where}.options.{option} comes from {source}; leave it out")
+    for option in head.train:
+        if option not in _OWN_TRAINING:
+            raise InputError(
+                f"{where}.train.{option} is the same for all methods; set it in protocol.train "
+                f"(a method's own are {', '.join(_OWN_TRAINING)})"
+            )
+    return Method(name=name, kind=kind, method=head.method, options=head.options, train=head.train)
+
+
+def _fields(config: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(config)}

@@ -1,0 +1,280 @@
+"""Run a comparison: every cell in a process of its own, its line on disk before the next begins."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from moesaic._config import to_plain
+from moesaic._errors import InputError, RunError
+from moesaic._files import atomic_write, read_json
+from moesaic._progress import SILENT, Progress
+from moesaic.analysis import Comparison, comparison_markdown, render_comparison
+from moesaic.evaluation.machine import flops_per_s
+from moesaic.models.architectures import ARCHITECTURES
+from moesaic.models.checkpoint import check_weights, read_config
+from moesaic.recipes.claim import claim, held, holds_run
+from moesaic.recipes.comparison.cells import Cell, Selection, all_cells, select
+from moesaic.recipes.comparison.lines import add_line, cell_of, read_lines
+from moesaic.recipes.comparison.measure import resolved
+from moesaic.recipes.comparison.process import Outcome, run_piece
+from moesaic.recipes.comparison.protocol import Protocol
+from moesaic.recipes.plan import check_positions, check_train, estimate_parameters
+
+logger = logging.getLogger(__name__)
+
+Runner = Callable[[dict[str, Any], Path, Progress], Outcome]
+# A network runs at about half the rate of one large product.
+_EFFICIENCY = 0.5
+# Forward and backward of the model, and a forward of its teacher, against one forward.
+_TRAINING_PASSES = 4
+
+
+def compare(
+    protocol: Protocol,
+    directory: Path,
+    selection: Selection | None = None,
+    progress: Progress = SILENT,
+    *,
+    redo: bool = False,
+    run: Runner = run_piece,
+) -> list[dict[str, Any]]:
+    """Measure the cells of a protocol that are not measured yet.
+
+    A cell is done when its line is in the directory and its settings are still those of the
+    protocol; one that ended in an error is tried again. Run again after an interruption, it goes on
+    inside the cell it was in.
+
+    Args:
+        protocol: What is compared.
+        directory: Of the results.
+        selection: Which of the cells; all if none.
+        progress: Told of every stage and every cell.
+        redo: Whether to measure the selected cells again that are done.
+        run: Does a piece of work; see `moesaic.recipes.comparison.process`.
+
+    Returns:
+        The lines of the directory.
+
+    Raises:
+        InputError: Before any work, if the protocol cannot work or the directory is another's.
+    """
+    cells = select(all_cells(protocol), selection or Selection())
+    check(protocol)
+    with held(directory):
+        claim(directory, protocol.common(), "protocol")
+        results = results_by_cell(directory)
+        pending = [cell for cell in cells if redo or not is_done(protocol, results, cell)]
+        if redo:
+            for cell in pending:
+                shutil.rmtree(directory / "cells" / cell.key, ignore_errors=True)
+        _work(protocol, directory, pending, progress, run)
+        return read_lines(directory)
+
+
+def check(protocol: Protocol) -> None:
+    """Refuse a protocol that cannot work, before anything expensive.
+
+    Raises:
+        InputError: Naming the field, the value and the remedy.
+        ImportError: If it asks questions and lm-eval is not installed.
+    """
+    config = read_config(protocol.model)
+    if config.model_type not in ARCHITECTURES:
+        raise InputError(f"model {protocol.model!r} is converted already; give its dense parent")
+    check_weights(protocol.model)
+    block = protocol.data.block
+    check_positions({"data.block": block}, getattr(config, "max_position_embeddings", None))
+    if protocol.calibration.tokens < block:
+        raise InputError(
+            f"calibration.tokens must be at least one block of {block}, got "
+            f"{protocol.calibration.tokens}; raise it or lower data.block"
+        )
+    if True in protocol.trained:
+        check_train(protocol.train, block)
+    if protocol.questions.per_domain and importlib.util.find_spec("lm_eval") is None:
+        raise ImportError(
+            'questions need lm-eval, which is not installed; pip install "moesaic[eval]", or set '
+            "questions.per_domain to 0"
+        )
+
+
+def results_by_cell(directory: Path) -> dict[Cell, dict[str, Any]]:
+    """The lines of a directory by what they are the results of."""
+    return {cell_of(line): line for line in read_lines(directory)}
+
+
+def is_done(protocol: Protocol, results: Mapping[Cell, dict[str, Any]], cell: Cell) -> bool:
+    """Whether a cell has a result that is no error and that its present settings gave."""
+    line = results.get(cell)
+    return line is not None and line["status"] != "error" and _is_current(protocol, cell, line)
+
+
+def _is_current(protocol: Protocol, cell: Cell, line: Mapping[str, Any]) -> bool:
+    return _settings_of(line) == _settings(protocol, cell)
+
+
+def _settings(protocol: Protocol, cell: Cell) -> dict[str, Any]:
+    """What a line says of its settings; without the refused ones, where there are none."""
+    try:
+        return resolved(protocol, cell)
+    except InputError:
+        method = protocol.methods[cell.method]
+        options = to_plain(method.options)
+        return {"kind": method.kind, "registered": method.method, "options": options}
+
+
+def _settings_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("kind", "registered", "options", "config", "train")
+    return {name: line[name] for name in names if name in line}
+
+
+def _work(
+    protocol: Protocol, directory: Path, cells: Sequence[Cell], progress: Progress, run: Runner
+) -> None:
+    """Do cells one by one; those that no settings exist for first, since they take no time."""
+    runnable = []
+    for cell in cells:
+        try:
+            protocol.methods[cell.method].config(cell.active, cell.seed)
+        except InputError as error:
+            _add(protocol, directory, cell, Outcome(status="refused", reason=str(error)))
+        else:
+            runnable.append(cell)
+    if not runnable:
+        return
+    piece = {"directory": str(directory), "protocol": protocol.plain()}
+    collectors = _collectors(protocol, runnable)
+    log = directory / "logs" / "shared.log"
+    made = run({**piece, "collectors": collectors}, log, progress)
+    if made.status != "done":
+        raise RunError(f"what the cells share cannot be made: {made.reason}")
+    with progress.stage("cells", len(runnable), "cells") as stage:
+        for cell in runnable:
+            start = time.monotonic()
+            log = directory / "logs" / f"{cell.key}.log"
+            outcome = run({**piece, "cell": cell.plain()}, log, progress)
+            _add(protocol, directory, cell, outcome, time.monotonic() - start)
+            stage.advance()
+
+
+def _collectors(protocol: Protocol, cells: Iterable[Cell]) -> list[str]:
+    """Everything that must be measured on the dense parent for some cells."""
+    needed: set[str] = set()
+    for cell in cells:
+        needed.update(protocol.methods[cell.method].config(cell.active, cell.seed).collectors())
+    return sorted(needed)
+
+
+def _add(
+    protocol: Protocol, directory: Path, cell: Cell, outcome: Outcome, seconds: float = 0.0
+) -> None:
+    """Write the line of a cell."""
+    line = outcome.value
+    if line is None:
+        line = {
+            **cell.plain(),
+            "status": outcome.status,
+            "reason": outcome.reason,
+            **_settings(protocol, cell),
+            "static": protocol.methods[cell.method].static,
+            "seconds": {},
+        }
+        logger.warning("%s: %s, %s", cell.key, outcome.status, outcome.reason)
+    line["seconds"]["total"] = round(seconds, 2)
+    add_line(directory, line)
+
+
+def estimate(protocol: Protocol, directory: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Say how long cells will take, and which are done.
+
+    From cells of the same method in this directory where there are some; else from the arithmetic
+    of the model at the rate of this machine, with the conversion taken for one reading of the
+    calibration text.
+
+    Args:
+        protocol: What is compared.
+        directory: Of the results; it need not exist.
+        cells: Which to list.
+
+    Returns:
+        Plain data, one entry for each cell.
+    """
+    config = read_config(protocol.model)
+    parameters = estimate_parameters(config)
+    dtype = "float32" if protocol.dtype == "auto" else protocol.dtype
+    token_s = 2 * parameters / (_EFFICIENCY * flops_per_s(dtype))
+    heldout = protocol.data.block * protocol.heldout.blocks_per_domain * len(protocol.data.sources)
+    results = results_by_cell(directory)
+    listed = []
+    for cell in cells:
+        measured = [
+            line["seconds"]["total"]
+            for line in results.values()
+            if line["status"] == "done"
+            and not line["resumed"]
+            and (line["method"], line["trained"]) == (cell.method, cell.trained)
+        ]
+        tokens = heldout + protocol.calibration.tokens
+        if cell.trained:
+            tokens += _TRAINING_PASSES * protocol.train.tokens
+        seconds = mean(measured) if measured else token_s * tokens
+        done = is_done(protocol, results, cell)
+        listed.append({**cell.plain(), "done": done, "seconds": round(seconds, 1)})
+    return listed
+
+
+def gather(protocol: Protocol, directories: Sequence[Path]) -> Comparison:
+    """Bring the results of one or several directories together, as those of shards.
+
+    Raises:
+        InputError: If a directory holds the results of another protocol, or none.
+    """
+    lines: dict[Cell, dict[str, Any]] = {}
+    wanted = all_cells(protocol)
+    for directory in directories:
+        if not holds_run(directory, protocol.common()):
+            raise InputError(
+                f"{directory} holds no results of this protocol; give a directory that it wrote"
+            )
+        for cell, line in results_by_cell(directory).items():
+            # Of two results of a cell the one that says something counts.
+            better = cell not in lines or lines[cell]["status"] != "done"
+            if cell in wanted and better and _is_current(protocol, cell, line):
+                lines[cell] = line
+    dense = next((d / "dense.json" for d in directories if (d / "dense.json").is_file()), None)
+    return Comparison(
+        protocol=protocol.plain(),
+        dense=None if dense is None else read_json(dense),
+        lines=[lines[cell] for cell in wanted if cell in lines],
+    )
+
+
+def write_comparison(
+    protocol: Protocol, directory: Path, others: Sequence[Path] = ()
+) -> tuple[Comparison, dict[str, str]]:
+    """Write the report of a comparison: a page for people and a table for documents.
+
+    Args:
+        protocol: What is compared.
+        directory: Of results; `report.html` and `report.md` go there.
+        others: Directories of other shards, whose results count too.
+
+    Returns:
+        What is reported, and the two files.
+    """
+    comparison = gather(protocol, [directory, *others])
+    files = {
+        "report": (directory / "report.html", render_comparison(comparison)),
+        "markdown": (directory / "report.md", comparison_markdown(comparison)),
+    }
+    for path, text in files.values():
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, "utf-8")
+    return comparison, {name: str(path) for name, (path, _) in files.items()}

@@ -1,0 +1,239 @@
+"""A comparison in words, as a table and as a page: who wins, how surely, and who is not ranked."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_report import Page
+
+from moesaic._errors import InputError
+from moesaic.analysis import Comparison, comparison_markdown, render_comparison, verdicts
+from moesaic.analysis.comparison import entries, pareto, ranked
+from moesaic.analysis.comparison_page import pareto_chart
+
+KINDS = {"dsmoe": "convert", "flap": "compress", "wanda": "compress", "oracle": "bound"}
+
+
+def line(method, active, ratio, *, seed=0, trained=False, measured=None, half=0.05, **options):
+    return {
+        "method": method,
+        "active": active,
+        "seed": seed,
+        "trained": trained,
+        "status": "done",
+        "kind": KINDS[method],
+        "static": KINDS[method] == "compress",
+        "quality": {
+            "domains": {"docs": {"perplexity": 10 * ratio}, "code": {"perplexity": 5 * ratio}},
+            "ratio": ratio,
+            "ratio_low": ratio - half,
+            "ratio_high": ratio + half,
+        },
+        "cost": {
+            "active_ffn_fraction": active if measured is None else measured,
+            "active_parameters": 1e8,
+        },
+        "seconds": {"conversion": 4.0, "evaluation": 2.0, "total": 9.0},
+        "peak_bytes": 2_000_000_000,
+        "machine": {"cpu": "a processor"},
+        "versions": {"moesaic": "0.1.0", "commit": "abc"},
+    } | options
+
+
+def failed(method, active, status, reason, **options):
+    return {
+        "method": method,
+        "active": active,
+        "seed": 0,
+        "trained": False,
+        "status": status,
+        "reason": reason,
+        "kind": KINDS[method],
+        "static": False,
+        "seconds": {},
+    } | options
+
+
+def compared(*lines, budgets=(0.5,), trained=(False,)):
+    protocol = {
+        "model": "a <model>",
+        "budgets": list(budgets),
+        "trained": list(trained),
+        "train": {"tokens": 32768},
+        "methods": {name: {} for name in dict.fromkeys(one["method"] for one in lines)},
+    }
+    return Comparison(protocol=protocol, lines=lines)
+
+
+def test_a_clear_winner_and_the_best_static_method():
+    lines = [line("dsmoe", 0.5, 1.23, half=0.03), line("flap", 0.5, 1.6), line("wanda", 0.5, 1.4)]
+    assert verdicts(compared(*lines)) == [
+        "At 0.5 active without training, dsmoe is best: 1.23 (1.20-1.26); the best static method "
+        "is wanda: 1.40 (1.35-1.45)."
+    ]
+
+
+def test_a_static_winner_is_said_to_be_static():
+    lines = [line("dsmoe", 0.5, 1.8, trained=True), line("flap", 0.5, 1.3, trained=True)]
+    assert verdicts(compared(*lines, trained=(True,))) == [
+        "At 0.5 active after training on 32,768 tokens, flap is best: 1.30 (1.25-1.35); it is "
+        "static, the same weights serve every token."
+    ]
+
+
+def test_overlapping_intervals_settle_nothing():
+    lines = [line("dsmoe", 0.5, 1.3), line("flap", 0.5, 1.38), line("wanda", 0.5, 1.5)]
+    assert verdicts(compared(*lines)) == [
+        "At 0.5 active without training, dsmoe is ahead, 1.30 (1.25-1.35), but intervals overlap, "
+        "so it is not settled against flap 1.38 (1.33-1.43); the best static method is flap."
+    ]
+
+
+def test_a_bound_never_wins():
+    lines = [line("oracle", 0.5, 1.01), line("dsmoe", 0.5, 1.5)]
+    comparison = compared(*lines)
+    assert verdicts(comparison) == [
+        "At 0.5 active without training, only dsmoe was measured: 1.50 (1.45-1.55)."
+    ]
+    text = comparison_markdown(comparison)
+    assert "| **1.01" not in text
+    assert text.index("| bound | 0.5 active |") > text.index("| dsmoe |")
+    assert pareto(entries(comparison), False)[0].method == "dsmoe"
+
+
+@pytest.mark.parametrize(("measured", "counts"), [(0.52, True), (0.48, True), (0.521, False)])
+def test_what_is_off_its_budget_is_marked_and_not_ranked(measured, counts):
+    lines = [line("dsmoe", 0.5, 1.1, measured=measured), line("flap", 0.5, 1.4)]
+    comparison = compared(*lines)
+    order = [entry.method for entry in ranked(entries(comparison), 0.5, False)]
+    assert order == (["dsmoe", "flap"] if counts else ["flap"])
+    text = comparison_markdown(comparison)
+    assert ("1.10 (1.05-1.15) at 0.521, not ranked" in text) == (not counts)
+    assert ("not ranked</small>" in render_comparison(comparison)) == (not counts)
+
+
+def test_one_seed_off_its_budget_takes_the_method_out():
+    lines = [line("dsmoe", 0.5, 1.1), line("dsmoe", 0.5, 1.1, seed=1, measured=0.6)]
+    assert ranked(entries(compared(*lines)), 0.5, False) == []
+    assert verdicts(compared(*lines)) == [
+        "At 0.5 active without training no method was measured within 0.02 of the budget."
+    ]
+
+
+def test_seeds_are_one_entry_whose_interval_holds_them_all():
+    # sqrt(1.0 * 1.44) = 1.2; from the lowest low to the highest high.
+    lines = [line("dsmoe", 0.5, 1.0), line("dsmoe", 0.5, 1.44, seed=1)]
+    (entry,) = entries(compared(*lines))
+    assert entry.ratio.value == pytest.approx(1.2)
+    assert (entry.ratio.low, entry.ratio.high) == pytest.approx((0.95, 1.49))
+    assert entry.seeds == 2
+    assert entry.domains == pytest.approx({"docs": 12.0, "code": 6.0})
+    assert entry.seconds["conversion"] == 4.0
+
+
+def test_markdown_is_a_table():
+    lines = [
+        line("dsmoe", 0.75, 1.1),
+        line("dsmoe", 0.5, 1.3),
+        line("flap", 0.75, 1.5),
+        failed("flap", 0.5, "refused", "active must be at least 0.6, got 0.5; raise it"),
+        failed("wanda", 0.75, "error", "RuntimeError: no"),
+    ]
+    text = comparison_markdown(compared(*lines, budgets=(0.75, 0.5)))
+    rows = [one for one in text.splitlines() if one.startswith("|")]
+    assert rows == [
+        "| method | 0.75 active | 0.5 active |",
+        "| --- | --- | --- |",
+        "| dsmoe | **1.10 (1.05-1.15)** | **1.30 (1.25-1.35)** |",
+        "| flap (static) | 1.50 (1.45-1.55) | refused |",
+        "| wanda | failed | - |",
+    ]
+    assert "- flap at 0.5: active must be at least 0.6, got 0.5; raise it" in text
+    assert "- wanda at 0.75: RuntimeError: no" in text
+
+
+def test_a_failed_seed_is_told_beside_those_that_are_done():
+    lines = [line("dsmoe", 0.5, 1.2), failed("dsmoe", 0.5, "error", "it broke", seed=1)]
+    comparison = compared(*lines)
+    (entry,) = entries(comparison)
+    assert (entry.status, entry.seeds, entry.reason) == ("done", 1, "it broke")
+    assert "it broke" in comparison_markdown(comparison)
+    assert "one of the seeds failed. it broke" in render_comparison(comparison)
+
+
+def test_the_page_holds_the_numbers_and_nothing_runs():
+    lines = [
+        line("dsmoe", 0.75, 1.1),
+        line("dsmoe", 0.5, 1.3),
+        line("flap", 0.75, 1.6),
+        line("flap", 0.5, 40.0, half=2.0),
+        line("oracle", 0.5, 1.01),
+        failed("wanda", 0.5, "error", "<script>alert(1)</script>"),
+    ]
+    html = render_comparison(compared(*lines, budgets=(0.75, 0.5)))
+    page = Page(html)
+    assert "<script" not in html
+    assert "&lt;script&gt;" in html
+    assert "a &lt;model&gt;" in html
+    (header, *rows) = page.tables["free-table"]
+    assert [cell["text"] for cell in header] == ["method", "0.75 active", "0.5 active"]
+    assert [cell["value"] for cell in rows[0][1:]] == pytest.approx([1.1, 1.3])
+    assert [row[0]["text"] for row in rows] == ["dsmoe", "flapstatic", "wanda"]
+    bounds = page.tables["free-bounds"][1]
+    assert "value" not in bounds[1]
+    assert bounds[2]["value"] == pytest.approx(1.01)
+    assert {"free", "details", "missing", "protocol"} <= set(page.ids)
+    assert html.count('class="best"') == 2
+    assert "(logarithmic)" in html
+    assert "2.00 GB" in html
+
+
+def test_the_chart_shows_every_point_and_the_front():
+    lines = [
+        line("dsmoe", 0.75, 1.1, measured=0.70),
+        line("dsmoe", 0.5, 1.5),
+        line("flap", 0.75, 1.2),
+        line("flap", 0.5, 1.4),
+        line("oracle", 0.5, 1.05),
+    ]
+    found = entries(compared(*lines, budgets=(0.75, 0.5)))
+    assert [(e.method, e.budget) for e in pareto(found, False)] == [("flap", 0.5), ("dsmoe", 0.75)]
+    chart = pareto_chart(found, False)
+    assert [s.name for s in chart.series] == ["dsmoe", "flap", "oracle (bound)", "best so far"]
+    assert [len(s.marks) for s in chart.series] == [2, 2, 1, 2]
+    assert len({(s.colour, s.shape) for s in chart.series}) == 4
+    assert all(0 <= mark.y <= 100 for s in chart.series for mark in s.marks)
+    assert pareto_chart(found, True) is None
+
+
+def test_no_result_at_all_is_a_page_too():
+    comparison = Comparison(
+        protocol={"model": "m", "budgets": [0.5], "trained": [False], "methods": {"flap": {}}},
+        lines=[],
+    )
+    assert "no method was measured" in render_comparison(comparison)
+    assert "| flap | - |" in comparison_markdown(comparison)
+
+
+def test_a_wrong_number_is_named():
+    broken = line("flap", 0.5, 1.2)
+    broken["quality"]["ratio"] = "much"
+    with pytest.raises(InputError, match="'ratio' in the evaluation record must be a number"):
+        render_comparison(compared(broken))
+
+
+RATIOS = st.lists(st.floats(1.0, 50.0), min_size=2, max_size=3)
+
+
+@given(RATIOS, st.floats(0.001, 2.0))
+def test_the_winner_has_the_lowest_ratio_and_is_best_only_if_nothing_overlaps(ratios, half):
+    names = ["dsmoe", "flap", "wanda"][: len(ratios)]
+    lines = [line(n, 0.5, r, half=half) for n, r in zip(names, ratios, strict=True)]
+    (sentence,) = verdicts(compared(*lines))
+    best = names[ratios.index(min(ratios))]
+    second = sorted(ratios)[1]
+    assert f", {best} is " in sentence
+    clear = second - half > min(ratios) + half
+    assert (" is best" in sentence) == clear
+    assert json.dumps(sentence)
