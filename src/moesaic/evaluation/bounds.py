@@ -146,7 +146,7 @@ class _NeuronKeeper:
         self.ffn = ffn
         self.num_kept = num_kept
         self.by = by
-        self.length_F = ffn.down_DF.float().norm(dim=0)
+        self.length_F: Tensor = ffn.down_DF.float().norm(dim=0)
         self.h: Tensor | None = None
 
     def see_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
