@@ -7,7 +7,7 @@ import torch
 
 from moesaic.cli.main import main
 from moesaic.evaluation.bench import ffn as ffn_file
-from moesaic.evaluation.bench import llama_cpp, peers
+from moesaic.evaluation.bench import llama_cpp, peers, roof
 
 FFN = ["--shape", "32x64", "--experts", "4", "--active", "0.5", "--tokens", "1", "--dtype"]
 FFN += ["float32", "--seconds", "0.01", "--roof-mb", "1", "--working-set-mb", "0"]
@@ -19,8 +19,9 @@ OPTIONS = {"ffn": FFN, "layer": FFN, "decode": MODEL, "prefill": MODEL, "train":
 
 
 @pytest.fixture(autouse=True)
-def _no_llama_cpp(monkeypatch):
+def _small(monkeypatch):
     monkeypatch.setattr(llama_cpp, "find", lambda: None)
+    monkeypatch.setattr(roof, "_MATRIX", 64)
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -51,7 +52,12 @@ def test_training_table(capsys):
 def test_table_marks_what_did_not_run_in_turns(capsys, monkeypatch):
     times = {"median_ms": 2.0, "low_ms": 1.0, "high_ms": 3.0, "faster_than_dense": 4.0}
     row = {"method": "llama.cpp Q8_0", **times, "times_roof": None, "interleaved": False}
-    monkeypatch.setattr(llama_cpp, "around", lambda time, *args, **options: [*time(), row])
+
+    def around(time, *args, **options):
+        roof_s, rows = time()
+        return roof_s, [*rows, row]
+
+    monkeypatch.setattr(llama_cpp, "around", around)
     assert main(["bench", "decode", *MODEL]) == 0
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line.split() for line in lines if "llama.cpp" in line]
@@ -73,7 +79,7 @@ def test_a_wrong_peer_leaves_nothing(tmp_path, capsys, monkeypatch):
 
 
 def test_dry_run_does_nothing(capsys, monkeypatch):
-    monkeypatch.setattr(ffn_file, "measure_roof", lambda *args: pytest.fail("worked"))
+    monkeypatch.setattr(ffn_file, "Limits", lambda *args: pytest.fail("worked"))
     assert main(["bench", "ffn", *FFN, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cells"] == 1
     assert main(["bench", "decode", *MODEL, "--dry-run", "--json"]) == 0
