@@ -100,7 +100,6 @@ def shared_neurons(value_EF: Floats, size: int, num_shared: int) -> Ints:
     while len(chosen) < num_shared:
         wanted = np.argsort(-value_EF, axis=1, kind="stable")[:, :size]
         count_F = np.bincount(wanted.ravel(), minlength=value_EF.shape[1])
-        count_F[chosen] = 0
         most = np.flatnonzero(count_F == count_F.max())
         most = most[np.argsort(-total_F[most], kind="stable")][: num_shared - len(chosen)]
         chosen += most.tolist()
