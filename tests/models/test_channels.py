@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from model_cases import DIM, Case, dense_model, random_ids
+from model_cases import DIM, Case, dense_config, dense_model, random_ids
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from moesaic._errors import CheckpointError, InputError
 from moesaic.models import checkpoint
@@ -74,3 +75,16 @@ def test_narrow_model_loads_by_its_record(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match=r"it was cut short or edited, restore it"):
         checkpoint.load(tmp_path / "made")
+
+
+def test_size_of_heads_is_written_down_where_the_config_leaves_it_out(tmp_path):
+    config = dense_config(Case("qwen2", {}))
+    del config.head_dim
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).eval()
+    keep_channels(model, torch.arange(8, 24))
+    assert model.config.head_dim == 8
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(random_ids()).logits, model(random_ids()).logits)
