@@ -30,13 +30,14 @@ def stats(tmp_path_factory):
 
 
 @torch.no_grad()
-def test_activity_counts_the_largest_gates_of_each_token():
+def test_activity_counts_the_largest_neurons_of_each_token():
     ffn = read_all(dense_model(Case("llama", {"mlp_bias": True})))[0]
     h_TD = torch.randn(7, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     # 48 neurons: the largest tenth are 5 of a token. Seven tokens in segments of 3, 2 and 2.
     got_GF = activity(ffn, h_TD, 0.1, 3)
     gate_TF = h_TD.float() @ ffn.gate_FD.T + ffn.gate_bias_F
-    value_TF = (gate_TF * gate_TF.sigmoid()).abs()
+    up_TF = h_TD.float() @ ffn.up_FD.T + ffn.up_bias_F
+    value_TF = (gate_TF * gate_TF.sigmoid() * up_TF).abs()
     on_TF = value_TF >= value_TF.topk(5).values[:, -1:]
     for row_F, segment in zip(got_GF, (slice(0, 3), slice(3, 5), slice(5, 7)), strict=True):
         torch.testing.assert_close(row_F, on_TF[segment].float().mean(0))

@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -172,13 +171,14 @@ def cut_by_marks(
     shared, rest_R = ranked_F[:shared_width].sort().values, ranked_F[shared_width:].sort().values
     seed_E = ranked_F[shared_width : shared_width + num_experts]
 
-    # |a - b| of two columns of marks sums to their counts less twice the tokens they share.
-    both_FE = torch.zeros(num_neurons, num_experts)
-    seed_TE = torch.stack([(marks_TK == seed).any(1) for seed in seed_E], dim=1).float()
+    # The L1 distance of two columns is their counts less twice the tokens they share. Every neuron
+    # gets one expert and every expert as many neurons, so the counts sum to the same whatever goes
+    # where: the tokens shared with the seeds decide.
+    both_FE = torch.zeros(num_neurons, num_experts, dtype=torch.float64)
+    seed_TE = torch.stack([(marks_TK == seed).any(1) for seed in seed_E], dim=1).double()
     for marks_T in marks_TK.T:
         both_FE.index_add_(0, marks_T, seed_TE)
-    distance_RE = count_F[rest_R].unsqueeze(1) + count_F[seed_E] - 2 * both_FE[rest_R]
-    label_R = torch.from_numpy(balanced_assignment(distance_RE.numpy().astype(np.float64)))
+    label_R = torch.from_numpy(balanced_assignment(-both_FE[rest_R].numpy()))
 
     members_EM = rest_R[label_R.argsort(stable=True)].reshape(num_experts, -1)
     label_F = torch.full((num_neurons,), num_experts)
