@@ -13,6 +13,7 @@ COMPRESSIONS = MethodTable(
             config="moesaic.compression.pruning.flap:FLAP",
             summary="FFN neurons that vary least removed; a bias keeps their mean contribution",
             paper="FLAP, arXiv 2312.11983",
+            abilities=frozenset({"static"}),
         ),
     ],
 )
