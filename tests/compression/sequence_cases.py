@@ -9,8 +9,8 @@ from collections.abc import Callable
 from operator import attrgetter
 
 import torch
+from compression_cases import make_text
 from model_cases import Case, dense_model, read_all
-from pruning_cases import make_text
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -10,8 +10,8 @@ import re
 
 import pytest
 import torch
+from compression_cases import LLAMA, logits, measure, state, weights_in_use
 from model_cases import Case, converted, dense_model, same_state
-from pruning_cases import LLAMA, logits, measure, state, weights_in_use
 
 from moesaic._config import to_plain
 from moesaic._errors import InputError

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from compression_cases import LLAMA, logits, measure, state
 from model_cases import LAYERS, ROWS, WIDTH, Case, dense_model, read_all
-from pruning_cases import LLAMA, logits, measure, state
 from safetensors.torch import load_file, save_file
 
 from moesaic._config import build_config

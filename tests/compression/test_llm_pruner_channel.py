@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from compression_cases import LLAMA, logits, measure, state
 from model_cases import DIM, Case, dense_model
-from pruning_cases import LLAMA, logits, measure, state
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from compression_cases import LLAMA, Killed, Watch, make_text, measure, state
 from model_cases import VOCAB, Case, dense_model, same_state
-from pruning_cases import LLAMA, Killed, Watch, make_text, measure, state
 from safetensors.torch import load_file, save_file
 
 from moesaic._errors import CheckpointError, InputError, RunError

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from compression_cases import LLAMA, logits, measure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_cases import Case, dense_model
-from pruning_cases import LLAMA, logits, measure
 from sequence_cases import prune_by_hand
 
 from moesaic._errors import InputError

@@ -115,7 +115,9 @@ def test_no_whole_number_of_neurons_is_refused_before_the_model_is_touched(activ
 def test_copies_cannot_teach_themselves(tmp_path):
     model, _ = convert()
     settings = {"tokens": 64, "batch_blocks": 2, "active": 0.0}
-    with pytest.raises(InputError, match=r"cannot be its own teacher.*set distill and match to 0 and language"):
+    with pytest.raises(
+        InputError, match=r"cannot be its own teacher.*set distill and match to 0 and language"
+    ):
         train(model, make_text(), TrainConfig(**settings), tmp_path)
     config = TrainConfig(**settings, distill=0.0, language=1.0, trains="everything")
     trained, results = train(model, make_text(), config, tmp_path)

@@ -109,8 +109,7 @@ class Method:
     @property
     def static(self) -> bool:
         """Whether the same weights serve every token."""
-        abilities = METHODS[self.kind][self.method].abilities
-        return self.kind == "compress" and "per-token" not in abilities
+        return "static" in METHODS[self.kind][self.method].abilities
 
     def config(self, active: float, seed: int) -> Any:
         """Its settings at a budget.
