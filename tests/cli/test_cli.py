@@ -363,7 +363,7 @@ def test_bad_input_is_one_sentence_and_loads_no_model(argv, message, root, capsy
     files = {"EMPTY": str(root / "empty.txt"), "BINARY": str(root / "binary.txt")}
     argv = [files.get(word, word) for word in argv]
     monkeypatch.setattr(
-        "moesaic.recipes.run.load_dense", lambda *a, **k: pytest.fail("a model was loaded")
+        "moesaic.recipes.parent.load_dense", lambda *a, **k: pytest.fail("a model was loaded")
     )
     if "--set" not in argv and "--experts" not in argv:
         argv += ["--set", "experts=4"]
