@@ -160,7 +160,7 @@ def _train(
     protocol = shared.protocol
     held = cell.active if _holds_budget(model) else 0.0
     config = protocol.training(protocol.methods[cell.method], held, cell.seed)
-    teacher = shared.dense()
+    teacher = shared.dense() if config.distill > 0 else None
     model, results = train(model, shared.split.train, config, directory, progress, teacher=teacher)
     return model, {"tokens": results["tokens"], "budget": held}
 
