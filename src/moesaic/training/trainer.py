@@ -147,11 +147,14 @@ class DistillTrainer(Trainer):
             out = model(
                 **inputs,
                 labels=labels_BS if config.language > 0 else None,
-                output_router_logits=True,
                 use_cache=False,
+                # An ordinary dense model does not know this.
+                **({"output_router_logits": True} if moe_layers(self.core) else {}),
             )
         # A model without routers has none.
-        aux = torch.zeros((), device=out.logits.device) if out.aux_loss is None else out.aux_loss
+        aux = getattr(out, "aux_loss", None)
+        if aux is None:
+            aux = torch.zeros((), device=out.logits.device)
         loss = aux
         parts: dict[str, float] = {"aux": float(aux.detach())}
         if config.language > 0:
