@@ -137,9 +137,11 @@ def _check(model: PreTrainedModel, config: TrainConfig, teacher: PreTrainedModel
         sigmoid_routers(model)
     if config.distill == 0:
         return
-    if teacher is None and not (is_own_teacher(model) and not pruned_zeros(model)):
+    # An ordinary dense model may be narrower than its parent was, and does not tell.
+    held = moe_layers(model) and is_own_teacher(model) and not pruned_zeros(model)
+    if teacher is None and not held:
         raise InputError(
-            "the model does not hold its dense parent, so it cannot be its own teacher; give "
+            "the model lacks weights of its dense parent, so it cannot be its own teacher; give "
             "train the dense parent as teacher, or set distill to 0 and language to 1"
         )
     if teacher is model:

@@ -34,14 +34,9 @@ def dense_teacher(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def is_own_teacher(model: PreTrainedModel) -> bool:
-    """Tell whether a model has as many neurons in every layer as its dense parent had.
-
-    A model that is an ordinary dense one may be a narrower one than its parent was: it has not.
-    """
-    configs = [layer.config for layer in moe_layers(model)]
-    if not configs:
-        return False
+    """Tell whether a model has as many neurons in every layer as its dense parent had."""
     width = model.config.moesaic.get("dense_width")
+    configs = [layer.config for layer in moe_layers(model)]
     return width is None or all(
         config.shared_width + config.num_experts * config.width == width for config in configs
     )

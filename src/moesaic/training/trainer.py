@@ -6,6 +6,7 @@ Shapes: B sequences, S positions, T = B * S tokens, V vocabulary.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +144,13 @@ class DistillTrainer(Trainer):
         domain_B = inputs.pop("domain")
         labels_BS = inputs.pop("labels")
         config = self.settings
+        forward = model if moe_layers(self.core) else partial(_without_routers, model)
         with record_routing(model) as routings:
-            out = model(
+            out = forward(
                 **inputs,
                 labels=labels_BS if config.language > 0 else None,
+                output_router_logits=True,
                 use_cache=False,
-                # An ordinary dense model does not know this.
-                **({"output_router_logits": True} if moe_layers(self.core) else {}),
             )
         # A model without routers has none.
         aux = getattr(out, "aux_loss", None)
@@ -187,6 +188,11 @@ class DistillTrainer(Trainer):
                 mean = _mean(active_fraction(routings, domain_T == domain))
                 total, count = by_domain.get(domain, (0.0, 0))
                 by_domain[domain] = (total + mean, count + 1)
+
+
+def _without_routers(model: Any, *, output_router_logits: bool, **inputs: Any) -> Any:
+    """Run an ordinary dense model, which has no router logits to give."""
+    return model(**inputs)
 
 
 def _mean(fractions: list[float]) -> float:
