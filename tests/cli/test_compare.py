@@ -87,6 +87,10 @@ def test_wrong_input(protocol, tmp_path, capsys):
         (["compare", str(protocol), *out, "--shard", "5"], "shard must be i/n"),
         (["compare", str(protocol), *out, "--report"], "holds no results of this protocol"),
         (["compare", str(protocol)], "out"),
+        (
+            ["compare", str(protocol), *out, "--dry-run", "--set", "calibration.tokens=8"],
+            "at least one block of 32, got 8",
+        ),
     ):
         assert main(argv) == 2
         printed = capsys.readouterr()

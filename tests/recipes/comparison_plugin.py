@@ -8,12 +8,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from moesaic._errors import InputError
 from moesaic._registry import MethodInfo
 from moesaic.compression._table import COMPRESSIONS
 from moesaic.compression.pruning.flap import FLAP, prune_flap
 
-NAMES = ("crashes", "killed", "picky", "slow-start")
+NAMES = ("crashes", "killed", "picky", "slow-start", "thin")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,18 @@ def slow_start(model, stats, config, **options):
     while not Path(config.flag).is_file():
         time.sleep(0.01)
     return _flap(model, stats, config, **options)
+
+
+def thin(model, stats, config, **options):
+    """Leave an ordinary dense model, with the first neurons of each network."""
+    width = round(config.active * model.config.intermediate_size)
+    for layer in model.model.layers:
+        mlp = layer.mlp
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            linear.weight = torch.nn.Parameter(linear.weight[:width].clone())
+        mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, :width].clone())
+    model.config.intermediate_size = width
+    return model.eval(), {}
 
 
 for _name in NAMES:

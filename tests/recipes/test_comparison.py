@@ -389,6 +389,15 @@ def test_a_refused_budget_is_a_line(root, tmp_path, plugin):
         assert "active must be at least 0.5, got 0.25; raise it" in file.read_text("utf-8")
 
 
+def test_a_method_may_leave_an_ordinary_dense_model(root, tmp_path, plugin):
+    options = {"methods": {"thin": {"compress": "thin"}}, "budgets": [0.5], **plugin}
+    free, trained = compare(build_protocol(values(root, **options)), tmp_path, run=in_process)
+    for line in (free, trained):
+        assert line["status"] == "done"
+        assert line["cost"]["active_ffn_fraction"] == pytest.approx(0.5)
+    assert trained["quality"]["ratio"] != free["quality"]["ratio"]
+
+
 def test_an_error_is_a_line_and_is_tried_again(root, tmp_path, plugin):
     flag = tmp_path / "flag"
     methods = {

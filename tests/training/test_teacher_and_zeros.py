@@ -62,6 +62,11 @@ def masked(case=LLAMA, share=0.5):
     return model
 
 
+def thin(case=LLAMA):
+    """An ordinary dense model of half the neurons, as pruning of whole channels leaves one."""
+    return dense_model(Case(case.model_type, {**case.options, "intermediate_size": WIDTH // 2}))
+
+
 def fixed():
     """A model whose router always chooses two of four experts."""
     return cut(dense_model(LLAMA), router="topk-softmax", router_options={"top_k": 2})
@@ -71,7 +76,7 @@ def parent(case=LLAMA):
     return dense_model(case)
 
 
-@pytest.mark.parametrize("make", [narrow, masked, fixed])
+@pytest.mark.parametrize("make", [narrow, masked, fixed, thin])
 def test_every_kind_of_model_trains_against_its_parent(make, tmp_path):
     before = {name: p.clone() for name, p in make().state_dict().items()}
     model, results = train(make(), make_text(), settings(), tmp_path, teacher=parent())
@@ -173,7 +178,7 @@ def test_no_hook_is_left():
     assert grad[moe_layers(model)[0].shared.down_proj == 0].count_nonzero() > 0
 
 
-@pytest.mark.parametrize("make", [narrow, masked])
+@pytest.mark.parametrize("make", [narrow, masked, thin])
 def test_a_model_that_lacks_weights_is_not_its_own_teacher(make, tmp_path):
     with pytest.raises(InputError, match="cannot be its own teacher; give train the dense parent"):
         train(make(), make_text(), settings(), tmp_path)

@@ -107,7 +107,7 @@ def test_accumulation_gives_the_same_step(tmp_path):
 def test_what_cannot_work_is_refused(tmp_path):
     with pytest.raises(InputError, match="at least one step of 32, got 31"):
         train(start(), make_text(), TrainConfig(tokens=31, batch_blocks=2), tmp_path)
-    with pytest.raises(InputError, match="no converted or pruned layer"):
+    with pytest.raises(InputError, match="needs the sparsity loss"):
         train(dense_model(LLAMA), make_text(), settings(), tmp_path)
     train(start(), make_text(), settings(steps=1), tmp_path)
     with pytest.raises(InputError, match="training with other settings; choose"):

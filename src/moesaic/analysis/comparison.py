@@ -46,10 +46,17 @@ class Ratio(NamedTuple):
     low: float
     high: float
 
+    def interval(self) -> str:
+        """As 1.20-1.26."""
+        return f"{_bare(self.low)}-{_bare(self.high)}"
+
     def text(self) -> str:
         """As 1.23 (1.20-1.26)."""
-        value, low, high = (multiple(v).removesuffix("x") for v in self)
-        return f"{value} ({low}-{high})"
+        return f"{_bare(self.value)} ({self.interval()})"
+
+
+def _bare(ratio: float) -> str:
+    return multiple(ratio).removesuffix("x")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

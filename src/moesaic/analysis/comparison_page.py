@@ -50,18 +50,27 @@ def render_comparison(comparison: Comparison) -> str:
             dense=_dense(comparison.dense),
             tasks=_tasks(found),
             protocol=_history.raw_json(protocol),
-            machine=_history.flatten(_first(comparison, "machine")),
-            versions=_history.flatten(_first(comparison, "versions")),
+            machines=_machines(comparison),
+            versions=_versions(comparison),
             levels=[],
         )
     )
     return clean(page)
 
 
-def _first(comparison: Comparison, key: str) -> Mapping[str, Any]:
-    """What the first line that says it says."""
-    found = (_record.section(line, key) for line in comparison.lines if key in line)
-    return next(found, {})
+def _machines(comparison: Comparison) -> list[list[tuple[str, str]]]:
+    """Every machine that lines are from, once."""
+    found = [_history.flatten(_record.section(line, "machine")) for line in comparison.lines]
+    return [facts for i, facts in enumerate(found) if facts and facts not in found[:i]]
+
+
+def _versions(comparison: Comparison) -> list[tuple[str, str]]:
+    """The versions and commits that lines are from; several if they differ."""
+    values: dict[str, dict[str, None]] = {}
+    for line in comparison.lines:
+        for name, value in _record.section(line, "versions").items():
+            values.setdefault(str(name), {})[str(value)] = None
+    return [(name, ", ".join(found)) for name, found in values.items()]
 
 
 def _state(found: Sequence[Entry], trained: bool, protocol: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,8 +121,8 @@ def pareto_chart(found: Sequence[Entry], trained: bool) -> _charts.Chart | None:
         series.append(_points(f"{name} (bound)" if bound else name, own, style=next(styles)))
     front = pareto(found, trained)
     if len(series) > 1 and len(front) > 1:
-        line = _points("best so far", front, style=_FRONT_STYLE)
-        series.append(line)
+        # First, so that the methods' own points lie over it.
+        series.insert(0, _points("Pareto front", front, style=_FRONT_STYLE))
     ratios = [v for e in shown if e.ratio is not None for v in e.ratio]
     if not ratios:
         return None

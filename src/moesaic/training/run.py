@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from moesaic._errors import InputError
 from moesaic._files import read_json, require_space, write_json
 from moesaic._progress import SILENT, Progress
 from moesaic.data.blocks import TokenBlocks
+from moesaic.models.architectures import architecture_of
 from moesaic.models.checkpoint import fingerprint
+from moesaic.models.ffn import decoder_layers
 from moesaic.nn.layer import moe_layers
 from moesaic.training.budget import BudgetControl, settle_threshold, sigmoid_routers
 from moesaic.training.config import TrainConfig
@@ -48,8 +51,9 @@ def train(
     `moesaic.training.zeros`.
 
     Args:
-        model: A model as converted or pruned. One without routers, or whose routers always choose
-            as many experts, has no budget: `config.active` is 0 then.
+        model: A model as converted or pruned, be it into an ordinary dense one. One without
+            routers, or whose routers always choose as many experts, has no budget: `config.active`
+            is 0 then.
         text: Training text; held-out text must not be given.
         config: Settings.
         directory: Where metrics and checkpoints go.
@@ -123,10 +127,7 @@ def train(
 
 def _check(model: PreTrainedModel, config: TrainConfig, teacher: PreTrainedModel | None) -> None:
     """Refuse what cannot be trained as the settings say."""
-    layers = moe_layers(model)
-    if not layers:
-        raise InputError("the model has no converted or pruned layer to train; convert it first")
-    if config.trains == "routers" and all(layer.router is None for layer in layers):
+    if config.trains == "routers" and all(layer.router is None for layer in moe_layers(model)):
         raise InputError("the model has no routers, and trains is 'routers'; set trains to 'ffn'")
     if config.active > 0:
         if "sparsity" not in getattr(model, "loss_terms", {}):
@@ -136,7 +137,9 @@ def _check(model: PreTrainedModel, config: TrainConfig, teacher: PreTrainedModel
         sigmoid_routers(model)
     if config.distill + config.match == 0:
         return
-    if teacher is None and not (is_own_teacher(model) and not pruned_zeros(model)):
+    # An ordinary dense model may be narrower than its parent was, and does not tell.
+    held = moe_layers(model) and is_own_teacher(model) and not pruned_zeros(model)
+    if teacher is None and not held:
         raise InputError(
             "the model lacks weights of its dense parent, so it cannot be its own teacher; give "
             "train the dense parent as teacher, or set distill and match to 0 and language to 1"
@@ -156,6 +159,11 @@ def clean(directory: Path) -> None:
 def select_trainable(model: PreTrainedModel, trains: str) -> None:
     """Freeze what does not train."""
     model.requires_grad_(trains == "everything")
+    if trains == "ffn" and not moe_layers(model):
+        row = architecture_of(model.config.model_type)
+        for layer in decoder_layers(model):
+            for path in filter(None, (row.gate, row.up, row.down)):
+                attrgetter(path)(layer).requires_grad_(True)
     for layer in moe_layers(model):
         if layer.router is not None:
             layer.router.requires_grad_(True)

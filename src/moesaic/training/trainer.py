@@ -6,6 +6,7 @@ Shapes: B sequences, S positions, T = B * S tokens, V vocabulary.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,9 @@ class DistillTrainer(Trainer):
         domain_B = inputs.pop("domain")
         labels_BS = inputs.pop("labels")
         config = self.settings
+        forward = model if moe_layers(self.core) else partial(_without_routers, model)
         with record_routing(model) as routings:
-            out = model(
+            out = forward(
                 **inputs,
                 labels=labels_BS if config.language > 0 else None,
                 output_router_logits=True,
@@ -152,7 +154,9 @@ class DistillTrainer(Trainer):
                 use_cache=False,
             )
         # A model without routers has none.
-        aux = torch.zeros((), device=out.logits.device) if out.aux_loss is None else out.aux_loss
+        aux = getattr(out, "aux_loss", None)
+        if aux is None:
+            aux = torch.zeros((), device=out.logits.device)
         loss = aux
         parts: dict[str, float] = {"aux": float(aux.detach())}
         if config.language > 0:
@@ -190,6 +194,11 @@ class DistillTrainer(Trainer):
                 mean = _mean(active_fraction(routings, domain_T == domain))
                 total, count = by_domain.get(domain, (0.0, 0))
                 by_domain[domain] = (total + mean, count + 1)
+
+
+def _without_routers(model: Any, *, output_router_logits: bool, **inputs: Any) -> Any:
+    """Run an ordinary dense model, which has no router logits to give."""
+    return model(**inputs)
 
 
 def _mean(fractions: list[float]) -> float:

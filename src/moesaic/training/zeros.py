@@ -19,9 +19,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from moesaic.nn.experts._base import STRAY_ZEROS
 from moesaic.nn.layer import moe_layers
-
-_STRAY_ZEROS = 0.01
 
 
 def pruned_zeros(model: nn.Module) -> list[nn.Parameter]:
@@ -42,7 +41,7 @@ def pruned_zeros(model: nn.Module) -> list[nn.Parameter]:
             matrices = [p for p in part.parameters() if p.dim() == 3]
             total = sum(p.numel() for p in matrices)
             used = sum(int(p.count_nonzero()) for p in matrices)
-            if total - used > _STRAY_ZEROS * total:
+            if total - used > STRAY_ZEROS * total:
                 found += matrices
     return found
 

@@ -17,7 +17,7 @@ from moesaic.ops.select import Backend, apply_experts
 from moesaic.ops.weights import ExpertWeights, Packed, activation
 
 # Matrices that nobody pruned hold a few zeros too, above all dequantised ones.
-_STRAY_ZEROS = 0.01
+STRAY_ZEROS = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ class Experts(nn.Module, ABC):
         weights = self.weights()
         total = weights.up.numel() + weights.down.numel()
         used = int(weights.up.count_nonzero()) + int(weights.down.count_nonzero())
-        return 1.0 if used >= (1.0 - _STRAY_ZEROS) * total else used / total
+        return 1.0 if used >= (1.0 - STRAY_ZEROS) * total else used / total
 
     def used_T(self, h_TD: Tensor) -> Tensor:
         """Share of the matrices' weights that each token uses when all experts are on.

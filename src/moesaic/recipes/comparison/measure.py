@@ -20,7 +20,7 @@ from moesaic._files import read_json, write_json
 from moesaic._progress import Progress
 from moesaic.evaluation import evaluate_perplexity
 from moesaic.evaluation.machine import machine_info, peak_bytes
-from moesaic.evaluation.record import cost_section, quality_section
+from moesaic.evaluation.record import quality_section
 from moesaic.nn.layer import moe_layers
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 from moesaic.recipes.comparison.cells import Cell
@@ -94,7 +94,7 @@ def measure(shared: Shared, cell: Cell, work: Path, progress: Progress) -> dict[
         **settings,
         "static": protocol.methods[cell.method].static,
         "quality": quality_section(quality, shared.dense_losses(), protocol.heldout.quality),
-        "cost": cost_section(model, quality, heldout.block),
+        "cost": shared.cost(model, quality),
         "accuracy": shared.ask(model),
         "trained_tokens": trained["tokens"],
         "trained_budget": trained["budget"],

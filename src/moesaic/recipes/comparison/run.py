@@ -205,7 +205,11 @@ def estimate(protocol: Protocol, directory: Path, cells: Sequence[Cell]) -> list
 
     Returns:
         Plain data, one entry for each cell.
+
+    Raises:
+        InputError: If the protocol cannot work.
     """
+    check(protocol)
     config = read_config(protocol.model)
     parameters = estimate_parameters(config)
     dtype = "float32" if protocol.dtype == "auto" else protocol.dtype

@@ -25,6 +25,7 @@ from moesaic.calibration import CalibrationStats, calibrate
 from moesaic.calibration.stats import MANIFEST, open_stats
 from moesaic.data import DataSplit, prepare
 from moesaic.evaluation import (
+    QualityResult,
     build_tasks,
     choose_blocks,
     evaluate_perplexity,
@@ -33,11 +34,25 @@ from moesaic.evaluation import (
 from moesaic.evaluation.intervals import BlockLosses
 from moesaic.evaluation.machine import machine_info
 from moesaic.evaluation.record import cost_section, quality_section
+from moesaic.models.architectures import architecture_of
 from moesaic.models.checkpoint import load_tokenizer
+from moesaic.models.ffn import decoder_layers, read_ffn
+from moesaic.nn.layer import moe_layers
 from moesaic.recipes.comparison.protocol import Protocol
 from moesaic.recipes.parent import keep_parent, open_parent
 
 _ARRAYS = ("nll_N", "tokens_N", "block_N", "domain_N", "document_N")
+
+
+def ffn_weights(model: PreTrainedModel) -> int:
+    """Weights of the matrices of a dense model's feed-forward networks."""
+    row = architecture_of(model.config.model_type)
+    activation = getattr(model.config, row.activation)
+    total = 0
+    for layer in decoder_layers(model):
+        ffn = read_ffn(layer, row, activation)
+        total += sum(w.numel() for w in (ffn.gate_FD, ffn.up_FD, ffn.down_DF) if w is not None)
+    return total
 
 
 class Shared:
@@ -159,12 +174,24 @@ class Shared:
             {
                 "quality": quality_section(result, result.losses, quality),
                 "cost": cost_section(model, result, heldout.block),
+                "ffn_weights": ffn_weights(model),
                 "accuracy": self.ask(model),
                 "machine": machine_info(str(model.dtype).removeprefix("torch.")),
                 "domains": list(result.losses.domains),
                 "text": result.losses.text,
             },
         )
+
+    def cost(self, model: PreTrainedModel, quality: QualityResult) -> dict[str, Any]:
+        """What a model costs, its active fraction of the parent's weights.
+
+        A model may have been made into a narrower dense one, whose own config knows no parent.
+        """
+        cost = cost_section(model, quality, self.split.heldout.block)
+        if not moe_layers(model):
+            dense: int = read_json(self.record_file)["ffn_weights"]
+            cost["active_ffn_fraction"] = ffn_weights(model) / dense
+        return cost
 
     def dense_losses(self) -> BlockLosses:
         """What the parent lost on every block."""

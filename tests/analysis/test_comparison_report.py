@@ -200,11 +200,20 @@ def test_the_chart_shows_every_point_and_the_front():
     found = entries(compared(*lines, budgets=(0.75, 0.5)))
     assert [(e.method, e.budget) for e in pareto(found, False)] == [("flap", 0.5), ("dsmoe", 0.75)]
     chart = pareto_chart(found, False)
-    assert [s.name for s in chart.series] == ["dsmoe", "flap", "oracle (bound)", "best so far"]
-    assert [len(s.marks) for s in chart.series] == [2, 2, 1, 2]
+    assert [s.name for s in chart.series] == ["Pareto front", "dsmoe", "flap", "oracle (bound)"]
+    assert [len(s.marks) for s in chart.series] == [2, 2, 2, 1]
     assert len({(s.colour, s.shape) for s in chart.series}) == 4
     assert all(0 <= mark.y <= 100 for s in chart.series for mark in s.marks)
     assert pareto_chart(found, True) is None
+
+
+def test_lines_of_several_machines_and_commits_say_so():
+    other = {"machine": {"cpu": "another"}, "versions": {"moesaic": "0.1.0", "commit": "def"}}
+    lines = [line("dsmoe", 0.5, 1.2), line("flap", 0.5, 1.4), line("wanda", 0.5, 1.5, **other)]
+    page = Page(render_comparison(compared(*lines)))
+    text = " ".join(page.text)
+    assert "abc, def" in text
+    assert ("Machine 1" in text, "Machine 2" in text, "Machine 3" in text) == (True, True, False)
 
 
 def test_no_result_at_all_is_a_page_too():
