@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from moesaic.analysis import summary_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,14 +39,15 @@ def test_the_target_is_met_in_the_committed_record():
     assert f"{steps[0]['results']['tokens']:,} tokens" in (ROOT / "README.md").read_text()
 
 
-def test_the_speeds_are_those_of_the_committed_result():
-    result = json.loads((ROOT / "bench" / "results" / "decode-llama-1.1b.json").read_text())
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_the_speeds_are_those_of_the_committed_result(kind):
+    result = json.loads((ROOT / "bench" / "results" / f"{kind}-llama-1.1b.json").read_text())
     rows = {row["method"]: row for row in result["cells"][0]["rows"]}
     dense = rows["dense"]["median_ms"]
     methods = ("moesaic", "moesaic int8", "llama.cpp BF16", "llama.cpp Q8_0")
     ratios = [f"{name} {dense / rows[name]['median_ms']:.1f}x" for name in methods]
     readme = (ROOT / "README.md").read_text()
-    said = readme.split("<!-- decode: bench/results/decode-llama-1.1b.json -->\n")[1]
+    said = readme.split(f"<!-- {kind}: bench/results/{kind}-llama-1.1b.json -->\n")[1]
     said = " ".join(said.split("<!-- end -->")[0].split())
     assert said == f"{', '.join(ratios[:3])} and {ratios[3]}, the last two dense."
     assert "-dirty" not in result["commit"]
@@ -52,6 +55,15 @@ def test_the_speeds_are_those_of_the_committed_result():
 
 def _result(name):
     return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+
+
+def test_a_whole_model_is_faster_in_the_committed_results():
+    """At 3/8 active: decoding 2 times dense transformers and llama.cpp's BF16, prefill 1.5 times."""
+    for kind, least in (("decode", 2.0), ("prefill", 1.5)):
+        rows = {row["method"]: row for row in _result(f"{kind}-llama-1.1b")["cells"][0]["rows"]}
+        ours = rows["moesaic"]["median_ms"]
+        assert least * ours <= rows["dense"]["median_ms"]
+        assert ours <= rows["llama.cpp BF16"]["median_ms"]
 
 
 def test_small_blocks_cost_little_in_the_committed_result():
