@@ -58,7 +58,7 @@ def _result(name):
 
 
 def test_a_whole_model_is_faster_in_the_committed_results():
-    """At 3/8 active: decoding 2 times dense transformers and llama.cpp's BF16, prefill 1.5 times."""
+    """At 3/8 active: decoding twice dense transformers and not behind llama.cpp, prefill 1.5x."""
     for kind, least in (("decode", 2.0), ("prefill", 1.5)):
         rows = {row["method"]: row for row in _result(f"{kind}-llama-1.1b")["cells"][0]["rows"]}
         ours = rows["moesaic"]["median_ms"]
