@@ -16,8 +16,8 @@ from moesaic.conversion.expertweaver import (
     share_parts,
     variation,
 )
-from moesaic.evaluation.activity import token_fractions
-from moesaic.nn.layer import all_experts_on, moe_layers, record_routing
+from moesaic.evaluation.activity import record_use, token_fractions
+from moesaic.nn.layer import all_experts_on, moe_layers
 
 TOKENS = CalibrationConfig(tokens=96, batch_blocks=2)
 CONFIG = ExpertWeaver(experts=8, active=0.75, segments=6)
@@ -113,9 +113,9 @@ def test_layers_share_what_is_universal_and_meet_the_budget(stats):
     assert sum(shares) == 12
     assert results["shared_per_layer"] == [share / 8 for share in shares]
     assert all(0 < error < 2 for error in results["error_per_layer"])
-    with record_routing(model) as routings:
+    with record_use(model) as uses:
         model(ids)
-    fractions_T = token_fractions(model, routings, 48)
+    fractions_T = token_fractions(model, uses, 48)
     torch.testing.assert_close(fractions_T, torch.full_like(fractions_T, 0.75))
     for layer, share, activity_GF, gate_FD in zip(layers, shares, activities, gates, strict=True):
         assert layer.router.config.top_k == 6 - share
