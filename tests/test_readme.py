@@ -66,6 +66,14 @@ def test_a_whole_model_is_faster_in_the_committed_results():
         assert ours <= rows["llama.cpp BF16"]["median_ms"]
 
 
+def test_smollm2_decodes_three_times_as_fast_in_the_committed_result():
+    """At 0.59 active, bfloat16, dense transformers as the measure."""
+    (cell,) = _result("decode-smollm2-bfloat16")["cells"]
+    rows = {row["method"]: row for row in cell["rows"]}
+    assert cell["active"] <= 0.6
+    assert 3.0 * rows["moesaic"]["median_ms"] <= rows["dense"]["median_ms"]
+
+
 def test_small_blocks_cost_little_in_the_committed_result():
     """At 1 and 4 tokens, router included: at most 15% slower than 8 blocks of the same network."""
     ms = {}

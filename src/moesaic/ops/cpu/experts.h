@@ -67,15 +67,14 @@ inline V scaled(V sum, const float* scale, const float* bias, int64_t at) {
 
 // Shares units of work among the threads. The work of few rows is to read memory: each thread
 // reads one long run of it. That of many is shared in portions, so that a thread that is held up
-// does not hold up all: of many neighbours while reading counts, since each fetches the next.
+// does not hold up all; of neighbours, since each fetches the next.
 template <class F>
 inline void share(int64_t units, int64_t rows, F f) {
   if (rows <= ROWS) {
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < units; ++unit) f(unit);
   } else {
-    const int64_t most = rows < 128 ? 16 : 4;
-    const int64_t portion = std::clamp<int64_t>(units / (8 * omp_get_num_threads()), 1, most);
+    const int64_t portion = std::clamp<int64_t>(units / (8 * omp_get_num_threads()), 1, 16);
 #pragma omp for schedule(dynamic, portion)
     for (int64_t unit = 0; unit < units; ++unit) f(unit);
   }
