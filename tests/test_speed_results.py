@@ -35,7 +35,7 @@ def test_results_come_from_a_clean_tree(path):
 
 
 def test_ours_is_faster_than_every_peer():
-    """Except where the page says: long float32 batches, and beside kt-kernel, whose threads spin."""
+    """Except where the page says: long float32 batches, and beside threads that spin."""
     for cell, ms in cells():
         peers = set(ms) - {"moesaic", "dense"}
         if "kt-kernel" in peers:
