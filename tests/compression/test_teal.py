@@ -282,7 +282,7 @@ def test_resumes_after_the_last_finished_layer(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"active": 0.0}, r"active must be in \(0, 1\], got 0.0; 0.7 uses 70%"),
+        ({"active": 0.0}, r"active must be in \(0, 1\], got 0.0; 0.7 keeps 70%"),
         ({"active": 1.5}, r"active must be in \(0, 1\], got 1.5"),
         ({"step": 0.0}, r"step must be in \(0, 1\], got 0.0; 0.05 is the paper's"),
     ],

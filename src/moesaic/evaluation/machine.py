@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -121,3 +122,22 @@ def _probe(dtype: torch.dtype) -> float:
         torch.nn.functional.linear(x, weight)
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def source_commit() -> str:
+    """Commit of the source tree this runs from, `-dirty` if it was changed; empty outside of it."""
+    here = Path(__file__).resolve()
+
+    def git(*words: str) -> str | None:
+        try:
+            run = subprocess.run(
+                ["git", "-C", str(here.parent), *words], capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return None
+        return run.stdout.strip() if run.returncode == 0 else None
+
+    # Installed inside somebody else's repository, its commit is not ours.
+    if not git("ls-files", "--error-unmatch", str(here)):
+        return ""
+    return git("describe", "--always", "--dirty", "--abbrev=12") or ""

@@ -112,17 +112,32 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: Naming the field, the value and the remedy.
     """
+    return build_recipe(read_values(path, "recipe", "model, output and steps", overrides))
+
+
+def read_values(path: Path, kind: str, parts: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Read a YAML file of settings and apply overrides.
+
+    Args:
+        path: The file.
+        kind: What it is called in messages.
+        parts: What it must have, for a message.
+        overrides: `a.b=value` each, the value in YAML.
+
+    Raises:
+        InputError: Naming the file and what is wrong with it.
+    """
     if not path.is_file():
-        raise InputError(f"recipe {path} does not exist; check the path")
+        raise InputError(f"{kind} {path} does not exist; check the path")
     try:
         values = load_yaml(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path} is not YAML: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{kind} {path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
-        raise InputError(f"recipe {path} must be a mapping with model, output and steps")
+        raise InputError(f"{kind} {path} must be a mapping with {parts}")
     for override in overrides:
         apply_override(values, override)
-    return build_recipe(values)
+    return values
 
 
 def build_recipe(values: Mapping[str, Any]) -> Recipe:

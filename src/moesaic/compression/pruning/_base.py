@@ -1,4 +1,4 @@
-"""What prunings share: checks, how many neurons stay, and layers that are always on.
+"""What compressions share: checks, how many neurons stay, and layers that are always on.
 
 A pruned feed-forward network is a `MoELayer` without experts, whose shared part is what is left.
 
@@ -180,12 +180,21 @@ class Networks:
         """Neurons of every network, before any is replaced."""
         return [self.read(index).width for index in range(len(self.layers))]
 
-    def adopt(self, widths: Sequence[int], *, output_bias: bool = False) -> list[LayerConfig]:
+    def adopt(
+        self,
+        widths: Sequence[int],
+        *,
+        output_bias: bool = False,
+        experts: str = "",
+        exact: bool = True,
+    ) -> list[LayerConfig]:
         """Make the model a converted one, whose networks are still the dense ones.
 
         Args:
             widths: Neurons that each layer will have.
             output_bias: Whether the layers have an output bias where the networks have none.
+            experts: What stands before the name of the networks' kind of experts.
+            exact: Whether a layer with all of its network's weights is that network.
 
         Returns:
             The layers that are to replace the networks, as data.
@@ -198,7 +207,7 @@ class Networks:
                     num_experts=0,
                     shared_width=width,
                     output_bias=output_bias or ffn.down_bias_D is not None,
-                    experts="gated" if self.row.gated else "plain",
+                    experts=experts + ("gated" if self.row.gated else "plain"),
                     activation=ffn.activation,
                     bias=ffn.up_bias_F is not None,
                 )
@@ -207,6 +216,7 @@ class Networks:
             "layers": [to_plain(spec) for spec in specs],
             "losses": {},
             "dense_width": self.read(0).width,
+            "exact": exact,
         }
         adopt(self.model, moesaic)
         return specs

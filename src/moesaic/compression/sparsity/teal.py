@@ -27,16 +27,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moesaic._config import to_plain
 from moesaic._errors import InputError
 from moesaic._files import atomic_write
 from moesaic._progress import SILENT, Progress
 from moesaic.calibration.stats import CalibrationStats
-from moesaic.models.architectures import ARCHITECTURES, architecture_of
-from moesaic.models.ffn import FFN, decoder_layers, fill_experts, put_layer, read_ffn
-from moesaic.models.modeling import adopt
+from moesaic.compression.pruning._base import Networks, check_active, check_measured
+from moesaic.models.ffn import FFN, fill_experts
 from moesaic.nn.experts.thresholded import Thresholded, keep_large
-from moesaic.nn.layer import LayerConfig, MoELayer
 
 # Tokens on which the greedy allocation measures its errors.
 _SAMPLE = 1024
@@ -67,8 +64,7 @@ class TEAL:
     step: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.active <= 1.0:
-            raise InputError(f"active must be in (0, 1], got {self.active}; 0.7 uses 70%")
+        check_active(self.active)
         if not 0.0 < self.step <= 1.0:
             raise InputError(f"step must be in (0, 1], got {self.step}; 0.05 is the paper's")
 
@@ -112,52 +108,24 @@ def sparsify_teal(
         InputError: Before the model is touched, if it is no dense one or the statistics do not
             fit it.
     """
-    row = architecture_of(model.config.model_type)
-    if model.config.model_type not in ARCHITECTURES:
-        raise InputError("the model is converted already; give its dense parent")
-    if stats is None:
-        raise InputError("teal needs calibration of inputs")
-    layers = decoder_layers(model)
-    stats.require(*config.collectors(), by="teal", num_layers=len(layers))
-    activation = getattr(model.config, row.activation)
-
-    with progress.stage("sparsify", 2 * len(layers), "layers") as stage:
+    stats = check_measured(model, stats, config.collectors(), by="teal")
+    networks = Networks.of(model)
+    widths = networks.widths()
+    with progress.stage("sparsify", 2 * len(widths), "layers") as stage:
         cuts = []
-        for index, layer in enumerate(layers):
-            cuts.append(_decide(read_ffn(layer, row, activation), stats, index, config, store))
+        for index in range(len(widths)):
+            cuts.append(_decide(networks.read(index), stats, index, config, store))
             stage.advance()
-        specs = []
-        for layer in layers:
-            ffn = read_ffn(layer, row, activation)
-            specs.append(
-                LayerConfig(
-                    num_experts=0,
-                    shared_width=ffn.width,
-                    output_bias=ffn.down_bias_D is not None,
-                    experts="thresholded-gated" if row.gated else "thresholded-plain",
-                    activation=ffn.activation,
-                    bias=ffn.up_bias_F is not None,
-                )
-            )
-        adopt(
-            model,
-            {
-                "layers": [to_plain(spec) for spec in specs],
-                "losses": {},
-                "dense_width": specs[0].shared_width,
-                # Thresholds stay, whatever is on.
-                "exact": False,
-            },
-        )
-        for layer, spec, cut in zip(layers, specs, cuts, strict=True):
-            ffn = read_ffn(layer, row, activation)
-            moe = MoELayer(model.config.hidden_size, spec).to(ffn.up_FD.dtype)
-            fill_experts(moe, ffn)
+        # Thresholds stay, whatever is on.
+        specs = networks.adopt(widths, experts="thresholded-", exact=False)
+        for index, (spec, cut) in enumerate(zip(specs, cuts, strict=True)):
+            moe = networks.fresh(index, spec)
+            fill_experts(moe, networks.read(index))
             assert isinstance(moe.shared, Thresholded)
             moe.shared.set_thresholds(*cut.threshold_2.tolist())
-            put_layer(layer, row, moe.to(ffn.up_FD.device).eval())
+            networks.put(index, moe)
             stage.advance()
-    shares = weight_shares(gated=row.gated)
+    shares = weight_shares(gated=networks.row.gated)
     sparsity_L2 = torch.stack([cut.sparsity_2 for cut in cuts])
     left_out = float((sparsity_L2 * torch.tensor(shares, dtype=torch.float64)).sum(1).mean())
     return model.eval(), {

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,7 +14,7 @@ from torch import Tensor
 from moesaic._errors import InputError, RunError
 from moesaic.evaluation.bench.roof import Probe, Roof
 from moesaic.evaluation.bench.timing import in_turns, measure
-from moesaic.evaluation.machine import machine_info
+from moesaic.evaluation.machine import machine_info, source_commit
 from moesaic.ops.cpu import library
 
 # Relative root mean square difference to the float32 reference that rounding explains.
@@ -151,7 +149,7 @@ def document(
         "schema": 1,
         "kind": f"bench {kind}",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": source_commit(),
         "machine": machine_info(dtype),
         "native_kernels": library.state(),
         "config": config.to_plain(),
@@ -178,19 +176,3 @@ def use_threads(threads: int) -> None:
     """Make torch use so many threads; 0 leaves what it has."""
     if threads:
         torch.set_num_threads(threads)
-
-
-def _commit() -> str:
-    """Commit of the source tree this runs from; empty for an installed package."""
-    folder = Path(__file__).resolve().parent
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
-        return ""
-    return found.stdout.strip() if found.returncode == 0 else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from moesaic._errors import CheckpointError, InputError
 from moesaic._files import read_json, write_json
 from moesaic._progress import Progress
 from moesaic.evaluation import evaluate_perplexity
-from moesaic.evaluation.machine import machine_info, peak_bytes
+from moesaic.evaluation.machine import machine_info, peak_bytes, source_commit
 from moesaic.evaluation.record import quality_section
 from moesaic.nn.layer import moe_layers
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
@@ -109,7 +108,7 @@ def measure(shared: Shared, cell: Cell, work: Path, progress: Progress) -> dict[
         "seconds": seconds,
         "peak_bytes": peak_bytes(),
         "machine": machine_info(str(model.dtype).removeprefix("torch."), str(model.device)),
-        "versions": {"moesaic": version("moesaic"), "commit": commit()},
+        "versions": {"moesaic": version("moesaic"), "commit": source_commit()},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -170,23 +169,3 @@ def _holds_budget(model: PreTrainedModel) -> bool:
     return "sparsity" in getattr(model, "loss_terms", {}) and all(
         isinstance(layer.router, SigmoidThreshold) for layer in moe_layers(model)
     )
-
-
-def commit() -> str:
-    """The commit of this code, with `+` if it was changed since; empty outside its repository."""
-    here = Path(__file__).resolve()
-
-    def git(*words: str) -> str | None:
-        try:
-            run = subprocess.run(
-                ["git", "-C", str(here.parent), *words], capture_output=True, text=True, check=False
-            )
-        except OSError:
-            return None
-        return run.stdout.strip() if run.returncode == 0 else None
-
-    # Installed inside somebody else's repository, its commit is not ours.
-    if not git("ls-files", "--error-unmatch", str(here)):
-        return ""
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", str(here.parents[2]))
-    return f"{git('rev-parse', 'HEAD')}{'+' if changed else ''}"

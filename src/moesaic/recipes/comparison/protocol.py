@@ -15,16 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from moesaic._config import build_config, to_plain
 from moesaic._errors import InputError, UnknownNameError
 from moesaic.calibration.run import CalibrationConfig
 from moesaic.data import DataConfig
 from moesaic.evaluation import QuestionsConfig
 from moesaic.evaluation.perplexity import QualityConfig
-from moesaic.recipes._yaml import load_yaml
-from moesaic.recipes.recipe import METHODS, apply_override, method_step
+from moesaic.recipes.recipe import METHODS, method_step, read_values
 from moesaic.training.config import TrainConfig
 
 # What a method may have of its own in training: how its routers follow, and memory.
@@ -213,17 +210,7 @@ def read_protocol(path: Path, overrides: Sequence[str] = ()) -> Protocol:
     Raises:
         InputError: Naming the field, the value and the remedy.
     """
-    if not path.is_file():
-        raise InputError(f"protocol {path} does not exist; check the path")
-    try:
-        values = load_yaml(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"protocol {path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"protocol {path} must be a mapping with model and methods")
-    for override in overrides:
-        apply_override(values, override)
-    return build_protocol(values)
+    return build_protocol(read_values(path, "protocol", "model and methods", overrides))
 
 
 def build_protocol(values: Mapping[str, Any]) -> Protocol:
