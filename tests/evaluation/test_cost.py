@@ -151,3 +151,18 @@ def test_cost_refuses_fractions_that_do_not_fit():
 def test_dense_width_of_gpt2_default():
     config = type("Config", (), {"n_inner": None, "hidden_size": 16})
     assert dense_ffn_width(config) == 64
+
+
+def test_biases_of_experts_that_are_off_are_not_active():
+    model = convert(dense_model("llama"))
+    half = [0.5] * LAYERS
+    before = model_cost(model, half)
+    added = 0
+    for layer in moe_layers(model):
+        bias_ED = torch.zeros(layer.experts.num_experts, layer.dim)
+        layer.experts.down_proj_bias = torch.nn.Parameter(bias_ED)
+        added += bias_ED.numel()
+    after = model_cost(model, half)
+    assert after.total_parameters - before.total_parameters == added
+    assert after.active_parameters - before.active_parameters == added // 2
+    assert after.flops_per_token == before.flops_per_token

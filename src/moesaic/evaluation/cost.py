@@ -157,8 +157,8 @@ def _expert(experts: Experts, *, biases: bool) -> int:
     """Parameters of one expert."""
     weights = experts.weights()
     tensors = [weights.up, weights.down]
-    if biases and weights.up_bias is not None:
-        tensors.append(weights.up_bias)
+    if biases:
+        tensors += [bias for bias in (weights.up_bias, weights.down_bias) if bias is not None]
     return sum(tensor[0].numel() for tensor in tensors)
 
 
