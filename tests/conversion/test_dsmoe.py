@@ -11,8 +11,9 @@ from moesaic._errors import InputError
 from moesaic.calibration import CalibrationConfig, calibrate
 from moesaic.conversion.dsmoe import PRESETS, DSMoE, convert_dsmoe
 from moesaic.conversion.partition._table import PARTITIONS
+from moesaic.evaluation.activity import ActivityMeter
 from moesaic.models.architectures import architecture_of
-from moesaic.models.ffn import decoder_layers, read_ffn
+from moesaic.models.ffn import decoder_layers, dense_ffn_width, read_ffn
 from moesaic.nn.layer import all_experts_on, moe_layers, record_routing
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThresholdConfig
 
@@ -86,6 +87,37 @@ def test_fitted_routers_meet_the_budget(allocation, tmp_path):
         model(torch.from_numpy(make_text().ids_NS).long())
     measured = [float(r.active_TE().float().mean()) for r in routings]
     assert sum(measured) / len(measured) == pytest.approx(0.5, abs=0.2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", [LLAMA, Case("opt", {})], ids=str)
+def test_a_bypass_counts_into_the_budget_and_brings_the_model_nearer(case, tmp_path):
+    config = DSMoE(experts=4, active=0.6, fit_steps=10, allocation="uniform", bypass=4)
+    stats = stats_for(config, tmp_path, case)
+    ids_NS = stats.whole()["tokens.ids_NS"].long()
+    dense = dense_model(case)(ids_NS).logits
+    model, results = convert_dsmoe(dense_model(case), stats, config)
+    assert sum(results["active_per_layer"]) / LAYERS == pytest.approx(0.6, abs=1e-3)
+    meter = ActivityMeter(model, dense_ffn_width(model.config))
+    with meter.reading("text", ids_NS.numel()):
+        near = model(ids_NS).logits
+    # Met on the text that it was settled on, which each layer saw as the layers before left it.
+    assert meter.result().mean() == pytest.approx(0.6, abs=0.02)
+    for layer in moe_layers(model):
+        layer.bypass.reset_parameters()
+    far = model(ids_NS).logits
+    assert (near - dense).norm() < 0.95 * (far - dense).norm()
+    with all_experts_on(model):
+        torch.testing.assert_close(model(ids_NS).logits, dense, atol=1e-4, rtol=1e-4)
+
+
+def test_a_bypass_that_leaves_no_room_is_refused(tmp_path):
+    config = DSMoE(experts=4, active=0.3, bypass=30, fit_steps=3)
+    stats = stats_for(config, tmp_path)
+    with pytest.raises(InputError, match=r"bypass must be at most \d+ for layers of .*, got 30"):
+        convert_dsmoe(dense_model(LLAMA), stats, config)
+    with pytest.raises(InputError, match="bypass must be at least 0, and 0 unless init is 'gram'"):
+        DSMoE(bypass=4, init="open")
 
 
 @torch.no_grad()

@@ -5,8 +5,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moesaic._errors import InputError
 from moesaic.evaluation import model_cost
-from moesaic.evaluation.activity import ActivityMeter, dense_ffn_width
+from moesaic.evaluation.activity import ActivityMeter
 from moesaic.models.architectures import ARCHITECTURES
+from moesaic.models.ffn import dense_ffn_width
 from moesaic.nn.layer import moe_layers
 
 TOKENS = 19

@@ -13,7 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from moesaic._errors import InputError
 from moesaic.inference import Decoder, Engine, Sampling, pack_experts
 from moesaic.inference import _layout as layouts
-from moesaic.nn.layer import moe_layers, record_routing
+from moesaic.nn.layer import all_experts_on, moe_layers, record_routing
 from moesaic.ops.cpu import library
 from moesaic.ops.cpu.packed import PackedExperts
 
@@ -89,6 +89,25 @@ def test_every_router_routes_as_in_transformers(options):
         expected_LT = torch.stack([routing.active_T() for routing in routings])
         assert torch.equal(active_LT.long(), expected_LT)
         assert 0 < expected_LT.float().mean() < 4
+
+
+@pytest.mark.parametrize("router", ["sigmoid-threshold", "topk-softmax"])
+def test_a_bypass_stands_in_for_experts_that_are_off_alone(router):
+    options = {"top_k": 2} if router == "topk-softmax" else {}
+    model = converted(LLAMA, router=router, router_options=options, bypass_rank=5)
+    with torch.no_grad():
+        for layer in moe_layers(model):
+            for parameter in layer.bypass.parameters():
+                parameter.normal_(std=0.3)
+    decoder = Decoder(model, length=64)
+    expected = logits_of(model, PROMPT)
+    torch.testing.assert_close(read(decoder, PROMPT), expected, rtol=1e-4, atol=1e-4)
+    position_T = torch.arange(len(PROMPT))
+    slot_T = torch.zeros_like(position_T)
+    dense_TV = decoder.step(PROMPT, slot_T, position_T, range(12), all_on=True)
+    with all_experts_on(model):
+        torch.testing.assert_close(dense_TV, logits_of(model, PROMPT), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(dense_TV, expected, atol=0.1)
 
 
 def test_a_token_without_experts_keeps_its_residual():

@@ -8,7 +8,9 @@ from model_cases import dense_model, random_ids
 from moesaic._errors import InputError
 from moesaic.conversion.dsmoe import DSMoE, convert_dsmoe
 from moesaic.models import load, new_manifest, save
+from moesaic.models.ffn import dense_ffn_width
 from moesaic.nn.layer import moe_layers, record_routing
+from moesaic.nn.shape import layer_shapes
 from moesaic.training import divergence as divergence_file
 from moesaic.training.budget import BudgetControl, active_fraction, settle_threshold
 from moesaic.training.config import TrainConfig
@@ -90,7 +92,7 @@ def test_threshold_settles_at_the_budget_and_is_saved(active, tmp_path):
     assert {layer.router.threshold for layer in moe_layers(again)} == {threshold}
     with torch.no_grad(), record_routing(again) as routings:
         again(ids)
-    fractions = active_fraction(routings)
+    fractions = active_fraction(routings, layer_shapes(again, dense_ffn_width(again.config)))
     assert sum(fractions) / len(fractions) == pytest.approx(active, abs=0.01)
 
 

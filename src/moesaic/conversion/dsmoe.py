@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,15 +23,25 @@ from moesaic._config import to_plain
 from moesaic._errors import InputError
 from moesaic._progress import SILENT, Progress
 from moesaic.calibration.stats import CalibrationStats
+from moesaic.calibration.walk import walk_layers
 from moesaic.conversion._layers import Cut, convert_layers, expert_layer
 from moesaic.conversion.allocation import allocate
-from moesaic.conversion.gram_router import FRACTIONS, RouterFit, fit_router
+from moesaic.conversion.bypass_fit import fit_bypass
+from moesaic.conversion.gram_router import (
+    FRACTIONS,
+    BlockErrors,
+    RouterFit,
+    Sample,
+    fit_router,
+    move_bias,
+)
 from moesaic.conversion.partition._base import validate_num_experts
 from moesaic.conversion.partition._settings import partition_collectors, partition_settings
 from moesaic.conversion.partition._table import PARTITIONS
-from moesaic.models.ffn import FFN
-from moesaic.nn.layer import LayerConfig, moe_layers
+from moesaic.models.ffn import FFN, dense_ffn_width
+from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold, SigmoidThresholdConfig
+from moesaic.nn.shape import layer_shape, layer_shapes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +59,8 @@ class DSMoE:
         allocation: How fitted layers share it: by `sensitivity` (insensitive layers run fewer
             blocks) or `uniform`.
         router: Threshold, estimator, value and normalisation of the gates.
+        bypass: Rank of a linear map of the layer's input that every token takes, fitted to what the
+            blocks that are off leave out; 0 for none. Its weights count into `active`.
         compensate: Whether a block that is off leaves its mean output over the calibration text,
             as FLAP leaves that of removed neurons: each block gets minus its mean as a bias, the
             layer the sum of all means. All gates on is the dense network still.
@@ -68,6 +79,7 @@ class DSMoE:
     router: SigmoidThresholdConfig = field(
         default_factory=lambda: SigmoidThresholdConfig(value="one", normalize="none", bias=True)
     )
+    bypass: int = 0
     compensate: bool = False
     sparse_coef: float = 1.0
     sparse_of: Literal["gates", "straight-through"] = "gates"
@@ -94,6 +106,11 @@ class DSMoE:
                 f"init 'gram' needs active of at least {FRACTIONS[0]}, got {self.active}; raise it "
                 "or use init 'open'"
             )
+        if self.bypass < 0 or (self.bypass and self.init != "gram"):
+            raise InputError(
+                f"bypass must be at least 0, and 0 unless init is 'gram', got {self.bypass} with "
+                f"init {self.init!r}"
+            )
         if self.compensate and self.router.normalize != "none":
             raise InputError(
                 "compensate needs router.normalize 'none', got 'count', which would scale the "
@@ -115,7 +132,7 @@ class DSMoE:
         """Names of the calibration collectors that these settings need."""
         needs = partition_collectors(self.partition)
         if self.init == "gram" and self.active < 1.0:
-            needs.add("inputs")
+            needs |= {"inputs", "tokens"}
             if self.allocation == "sensitivity":
                 needs.add("sensitivity")
         if self.compensate:
@@ -170,41 +187,79 @@ def convert_dsmoe(
         store=store,
         progress=progress,
     )
-    fits = [_read_fit(tensors) for tensors in kept if tensors]
-    return model, _share_budget(model, fits, stats, config) if fits else {}
+    if not all(kept):
+        return model, {}
+    assert stats is not None
+    return model, _settle(model, [_read_fit(tensors) for tensors in kept], stats, config, progress)
+
+
+def _settle(
+    model: PreTrainedModel,
+    fits: list[RouterFit],
+    stats: CalibrationStats,
+    config: DSMoE,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Share the budget among the layers, and fit each to its part on what the ones before it give.
+
+    An interrupted conversion does this part again from the first layer.
+    """
+    width = dense_ffn_width(model.config)
+    shares = [shape.experts_on(config.active) for shape in layer_shapes(model, width)]
+    if config.allocation == "sensitivity":
+        errors = [fit.errors for fit in fits]
+        shares = allocate(stats.sensitivity, errors, FRACTIONS, sum(shares) / len(shares))
+    layers = moe_layers(model)
+    ids_NS = stats.whole()["tokens.ids_NS"].long()
+    left = [
+        _settle_layer(layers[visit.index], visit.h_TD, shares[visit.index], config)
+        for visit in walk_layers(model, ids_NS, sequential=True, progress=progress, name="settle")
+    ]
+    return {
+        "active_per_layer": [
+            round(shape.fraction(shape.num_experts * share), 4)
+            for shape, share in zip(layer_shapes(model, width), shares, strict=True)
+        ],
+        "error_per_layer": [round(error, 5) for error in left],
+    }
 
 
 @torch.no_grad()
-def _share_budget(
-    model: PreTrainedModel, fits: list[RouterFit], stats: CalibrationStats | None, config: DSMoE
-) -> dict[str, Any]:
-    """Move every fitted router to its layer's part of the budget."""
-    assert stats is not None
-    actives = [fit.active for fit in fits]
-    if config.allocation == "sensitivity":
-        errors = [fit.errors for fit in fits]
-        actives = allocate(stats.sensitivity, errors, FRACTIONS, config.active)
-        for layer, fit, active in zip(moe_layers(model), fits, actives, strict=True):
-            assert isinstance(layer.router, SigmoidThreshold)
-            assert layer.router.bias is not None
-            layer.router.bias.sub_(float(np.interp(active, FRACTIONS, fit.shifts)))
-    return {
-        "active_per_layer": [round(active, 4) for active in actives],
-        "error_per_layer": [
-            round(float(np.interp(active, FRACTIONS, fit.errors)), 5)
-            for active, fit in zip(actives, fits, strict=True)
-        ],
-    }
+def _settle_layer(moe: MoELayer, h_TD: Tensor, share: float, config: DSMoE) -> float:
+    """Put a share of a layer's blocks on and fit its bypass; gives the error left, held out."""
+    assert isinstance(moe.router, SigmoidThreshold)
+    assert moe.experts is not None
+    sample = Sample.draw(h_TD, moe.experts, config.seed)
+    move_bias(moe.router, sample.h_TD, share)
+    errors = BlockErrors(sample.h_TD, moe.experts)
+    weights_TE = moe.router(sample.h_TD).weights_TE()
+    added_TD = None
+    if moe.bypass is not None:
+        fit_bypass(
+            moe.bypass, errors, sample.h_TD[: sample.num_train], weights_TE[: sample.num_train]
+        )
+        added_TD = moe.bypass(sample.h_TD)[sample.held_B]
+    return errors.error(sample.held_B, weights_TE[sample.held_B], added_TD)
 
 
 def _describe(ffn: FFN, config: DSMoE) -> LayerConfig:
     validate_num_experts(ffn.width, config.experts)
+    dim = ffn.up_FD.shape[1]
+    # Of the weights of one neuron.
+    neuron = (2 if ffn.gate_FD is None else 3) * dim
+    most = min(dim, int((config.active - FRACTIONS[0]) * ffn.width * neuron / (2 * dim)))
+    if config.bypass > most:
+        raise InputError(
+            f"bypass must be at most {most} for layers of {dim} x {ffn.width} with active="
+            f"{config.active}, got {config.bypass}; lower it or raise active"
+        )
     return expert_layer(
         ffn,
         num_experts=config.experts,
         width=ffn.width // config.experts,
         output_bias=config.compensate or ffn.down_bias_D is not None,
         expert_bias=config.compensate,
+        bypass_rank=config.bypass,
         router="sigmoid-threshold",
         router_options=to_plain(config.router),
     )
@@ -221,8 +276,7 @@ def _convert_layer(cut: Cut, config: DSMoE) -> dict[str, Tensor]:
     if fit is None:
         return {}
     return {
-        name: torch.tensor(getattr(fit, name), dtype=torch.float64)
-        for name in ("active", "shifts", "errors")
+        name: torch.tensor(getattr(fit, name), dtype=torch.float64) for name in ("active", "errors")
     }
 
 
@@ -245,11 +299,7 @@ def _compensate(cut: Cut) -> None:
 
 
 def _read_fit(tensors: Mapping[str, Tensor]) -> RouterFit:
-    return RouterFit(
-        float(tensors["active"]),
-        tuple(tensors["shifts"].tolist()),
-        tuple(tensors["errors"].tolist()),
-    )
+    return RouterFit(float(tensors["active"]), tuple(tensors["errors"].tolist()))
 
 
 def _start_router(cut: Cut, seed: int, config: DSMoE) -> RouterFit | None:
@@ -273,7 +323,7 @@ def _start_router(cut: Cut, seed: int, config: DSMoE) -> RouterFit | None:
             router,
             experts,
             cut.measured["inputs.h_TD"],
-            config.active,
+            layer_shape(cut.moe, cut.ffn.width).experts_on(config.active),
             steps=config.fit_steps,
             seed=seed,
         )

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from moesaic.calibration.collectors import block_neurons
 from moesaic.nn.experts._base import Experts
+from moesaic.nn.routers._base import linear_scores
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 
 # Active fractions at which a fitted router is measured.
@@ -45,18 +46,49 @@ class RouterFit:
     """How a fitted router does on tokens that it was not trained on.
 
     Attributes:
-        active: Mean active fraction of experts.
-        shifts: What to take from the bias for each of `FRACTIONS` to be on.
-        errors: Relative squared error of the layer's output there.
+        active: Share of the experts that is on.
+        errors: Relative squared error of the layer's output with each of `FRACTIONS` on.
     """
 
     active: float
-    shifts: tuple[float, ...]
     errors: tuple[float, ...]
 
     def error(self) -> float:
         """Error at the fraction that the router was fitted to."""
         return float(np.interp(self.active, FRACTIONS, self.errors))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Tokens to fit a layer to, shuffled; the last quarter is for measuring.
+
+    Attributes:
+        h_TD: Inputs of the layer, [T, D] float32.
+        num_train: How many of them, from the first, may be trained on.
+    """
+
+    h_TD: Tensor
+    num_train: int
+
+    @classmethod
+    def draw(cls, h_TD: Tensor, experts: Experts, seed: int) -> Sample:
+        """Draw as many tokens as 512 MB of neurons allow.
+
+        Args:
+            h_TD: Inputs of the layer, [T, D].
+            experts: Its blocks.
+            seed: Of the order.
+        """
+        most = _MAX_NEURONS // (experts.num_experts * experts.width)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(h_TD.shape[0], generator=generator)[:most]
+        return cls(h_TD[order].float(), max(1, int(len(order) * (1 - _HELD))))
+
+    @property
+    def held_B(self) -> Tensor:
+        """Tokens that nothing was fitted to; all if there is but one."""
+        total = len(self.h_TD)
+        return torch.arange(self.num_train if self.num_train < total else 0, total)
 
 
 class BlockErrors:
@@ -72,51 +104,70 @@ class BlockErrors:
 
     Attributes:
         own_TE: Squared length of every block's output, scaled, [T, E].
+        scale_T1: What a squared error counts, [T, 1].
     """
 
     @torch.no_grad()
     def __init__(self, h_TD: Tensor, experts: Experts) -> None:
         weights = experts.weights()
-        self.down_EFD = weights.down.float().transpose(1, 2).contiguous()
+        down_EFD = weights.down.float().transpose(1, 2).contiguous()
+        num_experts, _, dim = down_EFD.shape
+        self.down_MD = down_EFD.flatten(0, 1)
         self.bias_ED = None if weights.down_bias is None else weights.down_bias.float()
-        num_experts, _, dim = self.down_EFD.shape
+        # The squared length of a block's output, from its neurons alone.
+        gram_EFF = torch.bmm(down_EFD, down_EFD.transpose(1, 2))
         neurons, own, energy = [], [], []
-        for h_BD in h_TD.split(max(1, _MAX_OUTPUTS // (num_experts * dim))):
+        for h_BD in h_TD.split(max(_BATCH, _MAX_OUTPUTS // (num_experts * dim))):
             a_BEF = block_neurons(h_BD.to(weights.up.dtype), weights)
-            o_BED = self._outputs(a_BEF)
-            neurons.append(a_BEF.flatten(1))
-            own.append(o_BED.square().sum(2))
-            energy.append(o_BED.sum(1).square().sum(1))
-        self._a_TM = torch.cat(neurons)
+            a_EBF = a_BEF.transpose(0, 1)
+            along_EBF = torch.bmm(a_EBF, gram_EFF)
+            y_BD = a_BEF.flatten(1) @ self.down_MD
+            if self.bias_ED is not None:
+                along_EBF += 2 * torch.bmm(self.bias_ED.unsqueeze(1), down_EFD.transpose(1, 2))
+                y_BD += self.bias_ED.sum(0)
+            own_BE = (along_EBF * a_EBF).sum(2).T
+            if self.bias_ED is not None:
+                own_BE = own_BE + self.bias_ED.square().sum(1)
+            neurons.append(a_BEF)
+            own.append(own_BE)
+            energy.append(y_BD.square().sum(1))
+        self._a_TEF = torch.cat(neurons)
         energy_T = torch.cat(energy)
         median = energy_T.median().clamp(min=torch.finfo(energy_T.dtype).tiny)
-        self._scale_T1 = (energy_T.clamp(min=median) * median).rsqrt().unsqueeze(1)
-        self.own_TE = torch.cat(own) * self._scale_T1
-
-    def _outputs(self, a_BEF: Tensor) -> Tensor:
-        o_BED = torch.einsum("bef,efd->bed", a_BEF, self.down_EFD)
-        return o_BED if self.bias_ED is None else o_BED + self.bias_ED
-
-    def missing(self, tokens_B: Tensor, weights_BE: Tensor) -> Tensor:
-        """What the weights leave out of the output, [B, D], unscaled."""
-        gap_BE = 1 - weights_BE
-        width = self.down_EFD.shape[1]
-        a_BM = self._a_TM[tokens_B] * gap_BE.repeat_interleave(width, dim=1)
-        r_BD = a_BM @ self.down_EFD.flatten(0, 1)
-        return r_BD if self.bias_ED is None else r_BD + gap_BE @ self.bias_ED
+        self.scale_T1 = (energy_T.clamp(min=median) * median).rsqrt().unsqueeze(1)
+        self.own_TE = torch.cat(own) * self.scale_T1
 
     @torch.no_grad()
-    def error(self, tokens_B: Tensor, weights_BE: Tensor) -> float:
-        """Mean over some tokens of the scaled squared error that the weights leave.
+    def missing(self, tokens_B: Tensor, weights_BE: Tensor) -> Tensor:
+        """What the weights leave out of the output, unscaled, [B, D].
 
         Args:
             tokens_B: Which tokens, [B] int64.
             weights_BE: Weight of every block, [B, E].
         """
+        return self._missing(self._a_TEF[tokens_B], weights_BE)
+
+    def _missing(self, a_BEF: Tensor, weights_BE: Tensor) -> Tensor:
+        gap_BE = 1 - weights_BE
+        r_BD = (a_BEF * gap_BE.unsqueeze(2)).flatten(1) @ self.down_MD
+        return r_BD if self.bias_ED is None else r_BD + gap_BE @ self.bias_ED
+
+    @torch.no_grad()
+    def error(self, tokens_B: Tensor, weights_BE: Tensor, added_BD: Tensor | None = None) -> float:
+        """Mean over some tokens of the scaled squared error that the weights leave.
+
+        Args:
+            tokens_B: Which tokens, [B] int64.
+            weights_BE: Weight of every block, [B, E].
+            added_BD: What is added to the blocks that are on, [B, D], or none.
+        """
         total = 0.0
-        for tokens, weights in zip(tokens_B.split(_BATCH), weights_BE.split(_BATCH), strict=True):
-            r_BD = self.missing(tokens, weights)
-            total += float((r_BD.square().sum(1) * self._scale_T1[tokens, 0]).sum())
+        for rows in torch.arange(len(tokens_B)).split(_BATCH):
+            tokens = tokens_B[rows]
+            r_BD = self.missing(tokens, weights_BE[rows])
+            if added_BD is not None:
+                r_BD -= added_BD[rows]
+            total += float((r_BD.square().sum(1) * self.scale_T1[tokens, 0]).sum())
         return total / len(tokens_B)
 
     @torch.no_grad()
@@ -127,14 +178,15 @@ class BlockErrors:
             tokens_B: Which tokens, [B] int64.
             on_BE: Which blocks are on, [B, E] bool.
         """
-        r_BD = self.missing(tokens_B, on_BE.to(self.down_EFD.dtype))
-        along_BM = self._a_TM[tokens_B] * (r_BD @ self.down_EFD.flatten(0, 1).T)
-        along_BE = along_BM.unflatten(1, (on_BE.shape[1], -1)).sum(2)
+        a_BEF = self._a_TEF[tokens_B]
+        r_BD = self._missing(a_BEF, on_BE.to(a_BEF.dtype))
+        along_BEF = (r_BD @ self.down_MD.T).view_as(a_BEF)
+        along_BE = along_BEF.mul_(a_BEF).sum(2)
         if self.bias_ED is not None:
-            along_BE = along_BE + r_BD @ self.bias_ED.T
+            along_BE += r_BD @ self.bias_ED.T
         # What is missing contains the block itself where it is off.
         own_BE = self.own_TE[tokens_B]
-        saved_BE: Tensor = 2 * along_BE * self._scale_T1[tokens_B]
+        saved_BE: Tensor = 2 * along_BE * self.scale_T1[tokens_B]
         return saved_BE + torch.where(on_BE, own_BE, -own_BE)
 
 
@@ -152,8 +204,8 @@ def fit_router(
     Args:
         router: Its weight and bias are written.
         experts: The blocks it gates.
-        h_TD: Inputs of the layer, [T, D]; as many as 512 MB of neurons allow are used.
-        active: Fraction of gates to be on, in (0, 1).
+        h_TD: Inputs of the layer, [T, D].
+        active: Share of the gates to be on, in (0, 1).
         steps: Adam steps of 512 tokens.
         seed: Of the batches.
 
@@ -161,11 +213,9 @@ def fit_router(
         The fit on tokens held out of it.
     """
     assert router.bias is not None
-    num_neurons = router.num_experts * experts.width
+    sample = Sample.draw(h_TD, experts, seed)
+    h_TD, num_train = sample.h_TD, sample.num_train
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(h_TD.shape[0], generator=generator)[: _MAX_NEURONS // num_neurons]
-    h_TD = h_TD[order].float()
-    num_train = max(1, int(len(order) * (1 - _HELD)))
     errors = BlockErrors(h_TD, experts)
 
     mean_D, whiten_DD = _whitening(h_TD[:num_train])
@@ -188,25 +238,38 @@ def fit_router(
         schedule.step()
 
     with torch.no_grad():
-        tokens_B = torch.arange(num_train if num_train < len(order) else 0, len(order))
-        held_BE = x_TD[tokens_B] @ weight_ED.T + bias_E
+        held_BE = x_TD[sample.held_B] @ weight_ED.T + bias_E
         shift = _shift(held_BE, active, router.threshold)
         folded_ED = weight_ED @ whiten_DD
         router.weight.copy_(folded_ED)
         router.bias.copy_(bias_E - shift - folded_ED @ mean_D)
-        return _measure(router, held_BE - shift, errors, tokens_B)
+        return _measure(router, held_BE - shift, errors, sample.held_B)
+
+
+@torch.no_grad()
+def move_bias(router: SigmoidThreshold, h_TD: Tensor, share: float) -> None:
+    """Move a router's bias to where a share of its gates is on for some inputs.
+
+    Args:
+        router: Its bias is written.
+        h_TD: Inputs of the layer, [T, D].
+        share: In (0, 1].
+    """
+    assert router.bias is not None
+    scores_TE = linear_scores(h_TD, router.weight, router.bias)
+    router.bias.sub_(_shift(scores_TE, share, router.threshold))
 
 
 def _measure(
     router: SigmoidThreshold, scores_BE: Tensor, errors: BlockErrors, tokens_B: Tensor
 ) -> RouterFit:
     """Measure a router at its own bias and moved to every fraction."""
-    shifts = [_shift(scores_BE, fraction, router.threshold) for fraction in FRACTIONS]
-    measured = [
-        errors.error(tokens_B, router.decide(scores_BE - shift).weights_TE()) for shift in shifts
-    ]
+    measured = []
+    for fraction in FRACTIONS:
+        shift = _shift(scores_BE, fraction, router.threshold)
+        measured.append(errors.error(tokens_B, router.decide(scores_BE - shift).weights_TE()))
     active = float(router.decide(scores_BE).active_TE().float().mean())
-    return RouterFit(active, tuple(shifts), tuple(measured))
+    return RouterFit(active, tuple(measured))
 
 
 def _whitening(h_TD: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,68 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moesaic.nn.experts._base import Experts
-from moesaic.nn.layer import MoELayer, moe_layers
+from moesaic.nn.layer import moe_layers
 from moesaic.nn.routing import Routing
-
-
-def dense_ffn_width(config: Any) -> int:
-    """Neurons of one feed-forward network of the dense model that a config describes or stems from.
-
-    Args:
-        config: A transformers config; a converted model keeps the fields of its parent.
-    """
-    for name in ("intermediate_size", "ffn_dim", "n_inner"):
-        width = getattr(config, name, None)
-        if width is not None:
-            return int(width)
-    # GPT-2 leaves its width out where it is the usual one.
-    return 4 * int(config.hidden_size)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerShape:
-    """What of a layer can be on.
-
-    Attributes:
-        num_experts: E.
-        width: Neurons of one expert.
-        shared_width: Neurons that are always on.
-        dense_width: Neurons of the dense parent's network.
-    """
-
-    num_experts: int
-    width: int
-    shared_width: int
-    dense_width: int
-
-    def fraction(self, active_experts: float, shared: float = 1.0) -> float:
-        """Weights in use over dense ones.
-
-        Args:
-            active_experts: Experts that are on.
-            shared: Share of the always-on part's weights in use.
-        """
-        return (self.shared_width * shared + active_experts * self.width) / self.dense_width
-
-    def unused(self, fraction: float) -> float:
-        """Neurons' worth of this layer's weights that are not in use at an active fraction."""
-        width = self.shared_width + self.num_experts * self.width
-        return width - fraction * self.dense_width
-
-
-def layer_shapes(model: nn.Module, dense_width: int) -> list[LayerShape]:
-    """Shape of every MoE layer of a model, first to last; none for a dense model."""
-    return [_shape(layer, dense_width) for layer in moe_layers(model)]
-
-
-def _shape(layer: MoELayer, dense_width: int) -> LayerShape:
-    config = layer.config
-    return LayerShape(
-        num_experts=config.num_experts,
-        width=config.width,
-        shared_width=config.shared_width,
-        dense_width=dense_width,
-    )
+from moesaic.nn.shape import LayerShape, layer_shapes
 
 
 @dataclass(slots=True)
@@ -144,7 +85,7 @@ def token_fractions(model: nn.Module, uses: Sequence[LayerUse], dense_width: int
     shapes = layer_shapes(model, dense_width)
     total_T: Tensor | float = 0.0
     for shape, use in zip(shapes, uses, strict=True):
-        neurons_T: Tensor | float = 0.0
+        neurons_T: Tensor | float = shape.bypass_width
         if use.shared_T is not None:
             neurons_T = neurons_T + use.shared_T * shape.shared_width
         if use.routing is not None:

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from moesaic._errors import InputError
-from moesaic.evaluation.activity import LayerShape, dense_ffn_width, layer_shapes
+from moesaic.models.ffn import dense_ffn_width
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.layer import MoELayer, moe_layers
+from moesaic.nn.shape import LayerShape, layer_shapes
 
 _ROUNDING = 1e-6
 

@@ -22,8 +22,9 @@ from moesaic._errors import InputError, RunError
 from moesaic._progress import SILENT, Progress
 from moesaic.data import TokenBlocks
 from moesaic.evaluation._mode import measuring
-from moesaic.evaluation.activity import Activation, ActivityMeter, dense_ffn_width
+from moesaic.evaluation.activity import Activation, ActivityMeter
 from moesaic.evaluation.intervals import BlockLosses, DomainQuality, domain_quality
+from moesaic.models.ffn import dense_ffn_width
 
 logger = logging.getLogger(__name__)
 

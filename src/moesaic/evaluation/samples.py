@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.evaluation._mode import measuring
-from moesaic.evaluation.activity import dense_ffn_width, record_use, token_fractions
+from moesaic.evaluation.activity import record_use, token_fractions
+from moesaic.models.ffn import dense_ffn_width
 
 # What a decoder shows for bytes that are not yet a character.
 _INCOMPLETE = "\ufffd"

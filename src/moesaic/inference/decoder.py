@@ -23,6 +23,7 @@ from moesaic.inference._attention import pack_attention, rotary_tables
 from moesaic.inference._layout import layout_of, norm_weight
 from moesaic.models.architectures import architecture_of
 from moesaic.models.ffn import decoder_layers, read_ffn
+from moesaic.nn.bypass import Bypass
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.layer import MoELayer, all_experts_on, moe_layers
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
@@ -147,6 +148,15 @@ class Decoder:
             bias_D = ffn.output_bias.detach().float().contiguous()
             self._kept.append(bias_D)
             c.output_bias = bias_D.data_ptr()
+        if ffn.bypass is not None:
+            self._pack_bypass(i, ffn.bypass)
+
+    def _pack_bypass(self, i: int, bypass: Bypass) -> None:
+        c, up = self._layers[i], bypass.up_proj
+        packed_down = PackedLinear(bypass.down_proj.weight, None, self.weight_format)
+        packed_up = PackedLinear(up.weight, up.bias, self.weight_format)
+        self._kept += [packed_down, packed_up]
+        c.bypass_down, c.bypass_up = packed_down.struct, packed_up.struct
 
     def _experts(self, weights: Any) -> structs.Experts:
         packed = PackedExperts(weights, self.weight_format)
@@ -218,7 +228,7 @@ class Decoder:
             library.call("moesaic_layers", self._layers, self.num_layers, by_ref, h, x, active)
         else:
             for i in range(self.num_layers):
-                layer = ctypes.byref(self._layers[i])
+                layer = ctypes.byref(self._dense(i) if all_on else self._layers[i])
                 library.call("moesaic_attention", layer, by_ref, h, x)
                 ids_TK, weights_TK = self._route(i, x_TS[:, : self.dim], all_on)
                 if active_LT is not None:
@@ -244,6 +254,12 @@ class Decoder:
         logits_RV = out_RV[:, : self._head.num_outputs]
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits_RV if not cap else torch.tanh(logits_RV / cap) * cap
+
+    def _dense(self, i: int) -> structs.Layer:
+        """A layer without what stands in for experts that are off."""
+        layer = structs.Layer.from_buffer_copy(self._layers[i])
+        layer.bypass_down = structs.Linear()
+        return layer
 
     def _route(self, i: int, x_TD: Tensor, all_on: bool) -> tuple[Tensor, Tensor]:
         num_experts = self._layers[i].experts.experts

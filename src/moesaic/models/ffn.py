@@ -6,7 +6,7 @@ Shapes: F neurons of the network, D model width.
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -83,6 +83,20 @@ class FFN(NamedTuple):
             gate_bias_F=rows(self.gate_bias_F),
             up_bias_F=rows(self.up_bias_F),
         )
+
+
+def dense_ffn_width(config: Any) -> int:
+    """Neurons of one network of the dense model that a config describes or stems from.
+
+    Args:
+        config: A transformers config; a converted model keeps the fields of its parent.
+    """
+    for name in ("intermediate_size", "ffn_dim", "n_inner"):
+        width = getattr(config, name, None)
+        if width is not None:
+            return int(width)
+    # GPT-2 leaves its width out where it is the usual one.
+    return 4 * int(config.hidden_size)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -27,6 +27,7 @@ from moesaic._errors import InputError
 from moesaic.models.architectures import ARCHITECTURES, Architecture
 from moesaic.models.ffn import decoder_layers, put_layer
 from moesaic.models.remote import write_code
+from moesaic.nn.bypass import Bypass
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers, record_routing
 from moesaic.nn.losses._table import LOSSES
@@ -107,7 +108,7 @@ class MoesaicMixin:
             )
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (Router, Experts)):
+        if isinstance(module, (Bypass, Experts, Router)):
             module.reset_parameters()
         elif isinstance(module, MoELayer):
             if module.output_bias is not None:

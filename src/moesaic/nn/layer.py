@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moesaic._config import build_config
 from moesaic._errors import InputError
+from moesaic.nn.bypass import Bypass
 from moesaic.nn.experts._base import Experts, ExpertsConfig
 from moesaic.nn.experts._table import EXPERTS
 from moesaic.nn.routers._base import Router, RouterState
@@ -38,6 +39,7 @@ class LayerConfig:
         bias: Whether the up products have a bias.
         expert_bias: Whether each expert's output has a bias, which its weight scales; the shared
             part has none of its own, that is `output_bias`.
+        bypass_rank: Rank of the linear map that stands in for experts that are off; 0 for none.
     """
 
     num_experts: int
@@ -50,12 +52,14 @@ class LayerConfig:
     activation: str = "silu"
     bias: bool = False
     expert_bias: bool = False
+    bypass_rank: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_experts < 0 or self.width < 0 or self.shared_width < 0:
+        sizes = (self.num_experts, self.width, self.shared_width, self.bypass_rank)
+        if min(sizes) < 0:
             raise InputError(
-                f"num_experts, width and shared_width must be at least 0, got {self.num_experts}, "
-                f"{self.width} and {self.shared_width}; the checkpoint's config is damaged"
+                "num_experts, width, shared_width and bypass_rank must be at least 0, got "
+                f"{', '.join(map(str, sizes))}; the checkpoint's config is damaged"
             )
         if self.num_experts and not self.router:
             raise InputError(f"a layer of {self.num_experts} experts needs a router; name one")
@@ -93,6 +97,7 @@ class MoELayer(nn.Module):
         if config.shared_width:
             self.shared = make_experts(dim, 1, config.shared_width, options)
         self.output_bias = nn.Parameter(torch.zeros(dim)) if config.output_bias else None
+        self.bypass = Bypass(dim, config.bypass_rank) if config.bypass_rank else None
         # Set by `all_experts_on`: the layer then is its dense parent.
         self.all_on = False
 
@@ -120,6 +125,9 @@ class MoELayer(nn.Module):
             out_TD = torch.zeros_like(h_TD)
         if self.output_bias is not None:
             out_TD = out_TD + self.output_bias.to(out_TD.dtype)
+        # With all experts on it has nothing to stand in for.
+        if self.bypass is not None and not self.all_on:
+            out_TD = out_TD + self.bypass(h_TD)
         return out_TD.reshape(h.shape)
 
 

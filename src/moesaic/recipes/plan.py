@@ -10,9 +10,9 @@ from moesaic._errors import InputError
 from moesaic._files import require_space
 from moesaic.conversion.partition._base import validate_num_experts
 from moesaic.data import load_documents
-from moesaic.evaluation.activity import dense_ffn_width
 from moesaic.models.architectures import ARCHITECTURES
 from moesaic.models.checkpoint import check_weights, read_config
+from moesaic.models.ffn import dense_ffn_width
 from moesaic.recipes.recipe import Recipe
 from moesaic.training.config import TrainConfig
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesaic._errors import InputError
+from moesaic.models.ffn import dense_ffn_width
 from moesaic.nn.layer import moe_layers, record_routing
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 from moesaic.nn.routing import Routing
+from moesaic.nn.shape import LayerShape, layer_shapes
 
 # Scores looked at to place the threshold: bounds its memory to 64 MB.
 _MAX_SCORES = 1 << 24
@@ -45,13 +47,21 @@ class BudgetControl:
         return max(0.0, self.integral + 10 * self.rate * excess)
 
 
-def active_fraction(routings: Iterable[Routing], mask_T: Tensor | None = None) -> list[float]:
-    """Mean active fraction of experts in each layer."""
+def active_fraction(
+    routings: Iterable[Routing], shapes: Iterable[LayerShape], mask_T: Tensor | None = None
+) -> list[float]:
+    """Mean active fraction of each layer with a router, what is always on included.
+
+    Args:
+        routings: Of these layers.
+        shapes: Of these layers.
+        mask_T: Tokens that count, [T]; all if none.
+    """
     fractions = []
-    for routing in routings:
+    for routing, shape in zip(routings, shapes, strict=True):
         tokens = routing.ids_TK.shape[0] if mask_T is None else int(mask_T.sum())
-        counts = routing.counts_E(mask_T).sum()
-        fractions.append(float(counts) / (max(1, tokens) * routing.num_experts))
+        experts_on = float(routing.counts_E(mask_T).sum()) / max(1, tokens)
+        fractions.append(shape.fraction(experts_on))
     return fractions
 
 
@@ -83,7 +93,7 @@ def settle_threshold(model: PreTrainedModel, ids_NS: Tensor, active: float) -> f
     Args:
         model: A DSMoE whose layers have equally many equally wide experts.
         ids_NS: Text to measure on, [N, S]; not the held-out text.
-        active: Active fraction to meet.
+        active: Active fraction of the networks to meet, what is always on included.
 
     Returns:
         The threshold, which is also written into the config.
@@ -92,6 +102,7 @@ def settle_threshold(model: PreTrainedModel, ids_NS: Tensor, active: float) -> f
         InputError: If a layer has no sigmoid router.
     """
     routers = sigmoid_routers(model)
+    share = _experts_share(model, active)
     scores: list[Tensor] = []
     was_training = model.training
     model.eval()
@@ -105,13 +116,19 @@ def settle_threshold(model: PreTrainedModel, ids_NS: Tensor, active: float) -> f
         all_scores = torch.cat(scores)
         if all_scores.numel() > _MAX_SCORES:
             all_scores = all_scores[:: math.ceil(all_scores.numel() / _MAX_SCORES)]
-        threshold = _threshold(all_scores.sigmoid(), active)
+        threshold = _threshold(all_scores.sigmoid(), share)
         for router in routers:
             router.threshold = threshold
     for layer in model.config.moesaic["layers"]:
         layer["router_options"]["threshold"] = threshold
     model.train(was_training)
     return threshold
+
+
+def _experts_share(model: PreTrainedModel, active: float) -> float:
+    """Share of the experts that an active fraction of the networks leaves room for."""
+    shapes = layer_shapes(model, dense_ffn_width(model.config))
+    return sum(shape.experts_on(active) for shape in shapes) / len(shapes)
 
 
 def _threshold(gates: Tensor, active: float) -> float:

@@ -27,7 +27,9 @@ from transformers.trainer_callback import ExportableState
 from moesaic._files import atomic_write
 from moesaic._progress import Stage
 from moesaic.data.blocks import TokenBlocks
+from moesaic.models.ffn import dense_ffn_width
 from moesaic.nn.layer import moe_layers, record_routing
+from moesaic.nn.shape import layer_shapes
 from moesaic.training.budget import BudgetControl, active_fraction
 from moesaic.training.config import TrainConfig
 from moesaic.training.divergence import divergence, mismatch
@@ -80,6 +82,9 @@ class DistillTrainer(Trainer):
         self.teacher = teacher
         self.settings = config
         self.domains = domains
+        self.shapes = [
+            shape for shape in layer_shapes(core, dense_ffn_width(core.config)) if shape.num_experts
+        ]
         # Sums of the current step, over its forward passes.
         self.step_sums: dict[str, Any] = {}
         # The losses here are means over a forward pass, which the Trainer then averages.
@@ -186,12 +191,12 @@ class DistillTrainer(Trainer):
             sums[name] = sums.get(name, 0.0) + value
         domain_T = domain_B.repeat_interleave(ids_BS.shape[1])
         with torch.no_grad():
-            layers = active_fraction(routings)
+            layers = active_fraction(routings, self.shapes)
             previous = sums.get("layers", [0.0] * len(layers))
             sums["layers"] = [a + b for a, b in zip(previous, layers, strict=True)]
             by_domain = sums.setdefault("domains", {})
             for domain in domain_B.unique().tolist():
-                mean = _mean(active_fraction(routings, domain_T == domain))
+                mean = _mean(active_fraction(routings, self.shapes, domain_T == domain))
                 total, count = by_domain.get(domain, (0.0, 0))
                 by_domain[domain] = (total + mean, count + 1)
 

@@ -42,6 +42,8 @@ struct Layer {
   Router router;
   Experts experts;  // none: experts = 0
   Experts shared;
+  Linear bypass_down;  // none: panels = null
+  Linear bypass_up;
 };
 
 struct Batch {
@@ -54,7 +56,7 @@ struct Batch {
 };
 
 struct Workspace {
-  std::vector<float> qkv, heads, output, scores, neurons;
+  std::vector<float> qkv, heads, output, scores, neurons, low;
   std::vector<int64_t> runs;  // first rows of the runs of one sequence, and T
   Slots slots, all;
 
@@ -255,6 +257,12 @@ inline void ffn_half(const Layer& layer, const Batch& b, Workspace& work, const 
     apply_experts(layer.shared, work.all, x, b.stride, b.tokens, neurons, out, b.stride, add);
     add = true;
   }
+  if (layer.bypass_down.panels) {
+    const int64_t rank = layer.bypass_down.outputs;
+    linear(layer.bypass_down, x, b.stride, b.tokens, work.low.data(), rank, false);
+    linear(layer.bypass_up, work.low.data(), rank, b.tokens, out, b.stride, add);
+    add = true;
+  }
   if (layer.output_bias) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < b.tokens; ++t)
@@ -264,9 +272,12 @@ inline void ffn_half(const Layer& layer, const Batch& b, Workspace& work, const 
   if (layer.ffn_post) add_normed(b, layer.ffn_post, layer.eps, out, h);
 }
 
-inline int64_t neurons_needed(const Layer& layer, const Slots& slots, int64_t T) {
-  const int64_t routed = layer.experts.experts ? slots.count() * layer.experts.width : 0;
-  return std::max(routed, layer.shared.experts ? T * layer.shared.width : 0);
+// Makes room for the feed-forward half of a layer, whose slots are known.
+inline void prepare_ffn(const Layer& layer, const Batch& b, Workspace& work) {
+  const int64_t routed = layer.experts.experts ? work.slots.count() * layer.experts.width : 0;
+  const int64_t shared = layer.shared.experts ? b.tokens * layer.shared.width : 0;
+  Workspace::at_least(work.neurons, std::max(routed, shared));
+  Workspace::at_least(work.low, b.tokens * layer.bypass_down.outputs);
 }
 
 // Makes room for a layer, and cuts the rows into runs of one sequence that share its keys and
@@ -297,7 +308,7 @@ inline void whole_layer(const Layer& layer, const Batch& b, Workspace& work, flo
       work.slots.decide(layer.router, work.scores.data(), b.tokens, layer.experts.experts);
     else
       work.slots.all(b.tokens);
-    Workspace::at_least(work.neurons, neurons_needed(layer, work.slots, b.tokens));
+    prepare_ffn(layer, b, work);
   }
   ffn_half(layer, b, work, x, h);
 }

@@ -123,7 +123,7 @@ int moesaic_ffn(const Layer* layer, const Batch* b, float* h, const float* x, co
     work.all.all(b->tokens);
     work.slots.sort(ids, weights, b->tokens, K, layer->experts.experts);
     Workspace::at_least(work.output, b->tokens * b->stride);
-    Workspace::at_least(work.neurons, neurons_needed(*layer, work.slots, b->tokens));
+    prepare_ffn(*layer, *b, work);
 #pragma omp parallel
     ffn_half(*layer, *b, work, x, h);
   });

@@ -92,6 +92,8 @@ class Layer(ctypes.Structure):
         ("router", Router),
         ("experts", Experts),
         ("shared", Experts),
+        ("bypass_down", Linear),
+        ("bypass_up", Linear),
     ]
 
 

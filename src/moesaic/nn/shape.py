@@ -1,0 +1,80 @@
+"""How much of a layer can be on, counted in neurons of the dense network that it stands for.
+
+A neuron's weights are alike, so weights in use over those of the dense network are neurons over
+neurons. What is no neuron, the bypass, counts as many as have its weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from moesaic.nn.layer import MoELayer, moe_layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """What of a layer can be on.
+
+    Attributes:
+        num_experts: E.
+        width: Neurons of one expert.
+        shared_width: Neurons that are always on.
+        dense_width: Neurons of the dense parent's network.
+        bypass_width: Neurons that have as many weights as the layer's bypass.
+    """
+
+    num_experts: int
+    width: int
+    shared_width: int
+    dense_width: int
+    bypass_width: float = 0.0
+
+    def fraction(self, active_experts: float, shared: float = 1.0) -> float:
+        """Weights in use over dense ones.
+
+        Args:
+            active_experts: Experts that are on.
+            shared: Share of the always-on experts' weights in use.
+        """
+        always = self.shared_width * shared + self.bypass_width
+        return (always + active_experts * self.width) / self.dense_width
+
+    def experts_on(self, fraction: float) -> float:
+        """Share of the experts that an active fraction leaves room for, in [0, 1]."""
+        room = fraction * self.dense_width - self.shared_width - self.bypass_width
+        return min(1.0, max(0.0, room / (self.num_experts * self.width)))
+
+    def unused(self, fraction: float) -> float:
+        """Neurons' worth of this layer's weights that are not in use at an active fraction."""
+        width = self.shared_width + self.bypass_width + self.num_experts * self.width
+        return width - fraction * self.dense_width
+
+
+def layer_shapes(model: nn.Module, dense_width: int) -> list[LayerShape]:
+    """Shape of every MoE layer of a model, first to last; none for a dense model."""
+    return [layer_shape(layer, dense_width) for layer in moe_layers(model)]
+
+
+def layer_shape(layer: MoELayer, dense_width: int) -> LayerShape:
+    """Shape of one layer."""
+    config = layer.config
+    bypass_width = 0.0
+    if layer.bypass is not None:
+        bypass_width = layer.bypass.num_weights() / _neuron_weights(layer)
+    return LayerShape(
+        num_experts=config.num_experts,
+        width=config.width,
+        shared_width=config.shared_width,
+        dense_width=dense_width,
+        bypass_width=bypass_width,
+    )
+
+
+def _neuron_weights(layer: MoELayer) -> int:
+    """Weights of one neuron: its rows of the up products and its column of the down product."""
+    part = layer.shared if layer.experts is None else layer.experts
+    assert part is not None, "a bypass stands beside experts"
+    weights = part.weights()
+    return (weights.up[0].numel() + weights.down[0].numel()) // part.width
