@@ -61,7 +61,7 @@ def compared(*lines, budgets=(0.5,), trained=(False,)):
         "budgets": list(budgets),
         "trained": list(trained),
         "train": {"tokens": 32768},
-        "methods": {name: {} for name in dict.fromkeys(one["method"] for one in lines)},
+        "methods": {one["method"]: {one["kind"]: one["method"]} for one in lines},
     }
     return Comparison(protocol=protocol, lines=lines)
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import yaml
+from comparison_cases import in_process, stable, values
 from hypothesis import given
 from hypothesis import strategies as st
 from recipe_cases import write_model, write_text
@@ -37,32 +38,7 @@ from moesaic.recipes.comparison import (
     write_comparison,
 )
 from moesaic.recipes.comparison.lines import NAME, add_line
-from moesaic.recipes.comparison.process import Outcome, do_piece
-
-VOLATILE = ("seconds", "peak_bytes", "created", "machine", "versions", "resumed")
-
-
-def values(root, **options):
-    """A protocol of two methods and two budgets, as plain data."""
-    root = Path(root)
-    return {
-        "model": str(root / "dense"),
-        "data": {"sources": [f"notes={root / 'text'}"], "block": 32},
-        "calibration": {"tokens": 128, "batch_blocks": 2},
-        "heldout": {"blocks_per_domain": 4},
-        "train": {"tokens": 256, "batch_blocks": 2, "checkpoint_every": 2},
-        "budgets": [0.75, 0.5],
-        "seeds": [0],
-        "methods": {
-            "dsmoe": {"convert": "dsmoe", "options": {"experts": 4, "fit_steps": 3}},
-            "flap": {"compress": "flap", "options": {"multiple": 1}},
-        },
-    } | options
-
-
-def in_process(piece, log, progress):
-    """Spare the seconds that a fresh process takes to import torch."""
-    return do_piece(json.loads(json.dumps(piece)), progress)
+from moesaic.recipes.comparison.process import Outcome
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +75,6 @@ class Watch:
     @contextlib.contextmanager
     def stage(self, name, total, unit):
         yield SimpleNamespace(advance=lambda n=1.0: self.done.update({name: n}))
-
-
-def stable(lines):
-    """What two runs of one cell have in common."""
-    return [{k: v for k, v in line.items() if k not in VOLATILE} for line in lines]
 
 
 def test_every_cell_has_its_line(finished, root):

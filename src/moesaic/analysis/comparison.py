@@ -110,30 +110,43 @@ def entries(comparison: Comparison) -> list[Entry]:
     budgets = _record.numbers(protocol, "budgets")
     methods = _record.section(protocol, "methods")
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    # What a method is, any line of it tells.
-    kinds: dict[str, Mapping[str, Any]] = {}
+    # Whether a method is static, any line of it tells.
+    static: dict[str, bool] = {}
     for line in comparison.lines:
         key = (line["method"], line["active"], line["trained"])
         groups.setdefault(key, []).append(line)
-        kinds.setdefault(line["method"], line)
+        static.setdefault(line["method"], bool(line["static"]))
     return [
-        _entry(str(name), kinds.get(name, {}), budget, trained, groups.get(key, []))
+        _entry(
+            str(name),
+            _kind(_record.section(methods, name)),
+            static.get(name, False),
+            budget,
+            trained,
+            groups.get(key, []),
+        )
         for trained in _record.items(protocol, "trained")
         for name in methods
+        if not (trained and _kind(_record.section(methods, name)) == BOUND)
         for budget in budgets
         for key in [(name, budget, trained)]
     ]
 
 
+def _kind(method: Mapping[str, Any]) -> str:
+    """The key under which a protocol names what it compares."""
+    return next((kind for kind in ("convert", "compress", BOUND) if kind in method), "")
+
+
 def _entry(
     method: str,
-    about: Mapping[str, Any],
+    kind: str,
+    static: bool,
     budget: float,
     trained: bool,
     lines: Sequence[Mapping[str, Any]],
 ) -> Entry:
     first = lines[0] if lines else {}
-    kind, static = _record.text(about, "kind"), bool(about.get("static", False))
     done = [line for line in lines if line["status"] == "done"]
     failed = [line for line in lines if line["status"] != "done"]
     reason = _record.text(failed[0], "reason") if failed else ""
@@ -312,8 +325,8 @@ def comparison_markdown(comparison: Comparison) -> str:
         sentences = [verdict(found, budget, trained, protocol) for budget in budgets]
         parts.append(f"### {heading[0].upper()}{heading[1:]}")
         parts.append("\n".join(f"- {sentence}" for sentence in sentences))
-        methods = [entry for entry in of_state if entry.kind != BOUND]
-        parts.append(_table(methods, budgets, "method", found))
+        if methods := [entry for entry in of_state if entry.kind != BOUND]:
+            parts.append(_table(methods, budgets, "method", found))
         if bounds := [entry for entry in of_state if entry.kind == BOUND]:
             parts.append("Bounds, which choose by what no method can know before it computes:")
             parts.append(_table(bounds, budgets, "bound", found))

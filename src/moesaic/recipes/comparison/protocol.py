@@ -15,15 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic._config import build_config, to_plain
+from moesaic._config import build_config, method_config, to_plain
 from moesaic._errors import InputError, UnknownNameError
+from moesaic._registry import MethodInfo
 from moesaic.calibration.run import CalibrationConfig
 from moesaic.data import DataConfig
 from moesaic.evaluation import QuestionsConfig
+from moesaic.evaluation.bounds._table import BOUNDS
 from moesaic.evaluation.perplexity import QualityConfig
-from moesaic.recipes.recipe import METHODS, method_step, read_values
+from moesaic.recipes.recipe import METHODS, read_values
 from moesaic.training.config import TrainConfig
 
+# What a comparison shows: methods, and the bounds beside them, which are none.
+KINDS = {**METHODS, "bound": BOUNDS}
 # What a method may have of its own in training: how its routers follow, and memory.
 _OWN_TRAINING = ("accumulate", "budget_rate", "router_learning_rate")
 # What the protocol decides.
@@ -86,7 +90,7 @@ class Method:
 
     Attributes:
         name: Here; a method may stand several times with other settings.
-        kind: `convert` or `compress`.
+        kind: `convert`, `compress` or `bound`.
         method: Registered name.
         options: Settings that differ from its own, without the budget and the seed.
         train: Settings of the training that are its own.
@@ -99,14 +103,29 @@ class Method:
     train: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def info(self) -> MethodInfo:
+        """Its record."""
+        return KINDS[self.kind][self.method]
+
+    @property
     def seeded(self) -> bool:
         """Whether its settings have a seed, so that seeds differ without training."""
-        return "seed" in _fields(METHODS[self.kind].load_config(self.method))
+        return "seed" in _fields(KINDS[self.kind].load_config(self.method))
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is trained: a bound stands for what it is."""
+        return self.kind != "bound"
 
     @property
     def static(self) -> bool:
         """Whether the same weights serve every token."""
-        return "static" in METHODS[self.kind][self.method].abilities
+        return "static" in self.info.abilities
+
+    @property
+    def tells_active(self) -> bool:
+        """Whether its results say what is active, since the layers of its model do not show it."""
+        return "tells-active" in self.info.abilities
 
     def config(self, active: float, seed: int) -> Any:
         """Its settings at a budget.
@@ -114,10 +133,11 @@ class Method:
         Raises:
             InputError: If they cannot meet it.
         """
-        options = {**self.options, "method": self.method, "active": active}
+        options = {**self.options, "active": active}
         if self.seeded:
             options["seed"] = seed
-        return method_step(self.kind, options).config
+        where = f"{self.kind} {self.method}"
+        return method_config(KINDS[self.kind], self.method, options, where=where)
 
     def plain(self) -> dict[str, Any]:
         """The method as data."""
@@ -146,7 +166,7 @@ class Protocol:
         seeds: Of conversion and training.
         trained: Whether methods are measured without training, with it, or both.
         plugins: Python modules that register methods, imported first.
-        methods: By name.
+        methods: By name, the bounds among them.
     """
 
     model: str
@@ -287,18 +307,17 @@ def _method(name: str, item: Any) -> Method:
     where = f"protocol.methods.{name}"
     if not _NAME.fullmatch(name):
         raise InputError(f"{where} must be of letters, digits, '.', '_' and '-'; rename it")
-    kinds = [kind for kind in METHODS if isinstance(item, dict) and kind in item]
+    kinds = [kind for kind in KINDS if isinstance(item, dict) and kind in item]
     if len(kinds) != 1:
         raise InputError(
-            f"{where} must have either {' or '.join(METHODS)} with the name of a method, got "
-            f"{item!r}"
+            f"{where} must have either {' or '.join(KINDS)} with the name of a method, got {item!r}"
         )
     kind = kinds[0]
     rest = {key: value for key, value in item.items() if key != kind and value is not None}
     if "method" in rest:
         raise InputError(f"{where} names its method twice; leave out 'method'")
     head = build_config(_Item, {"method": item[kind], **rest}, where=where)
-    if "active" not in _fields(METHODS[kind].load_config(head.method)):
+    if "active" not in _fields(KINDS[kind].load_config(head.method)):
         raise InputError(
             f"{where}: {head.method} has no setting active, so it has no budget; compare others"
         )

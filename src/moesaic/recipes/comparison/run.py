@@ -96,7 +96,7 @@ def check(protocol: Protocol) -> None:
             f"calibration.tokens must be at least one block of {block}, got "
             f"{protocol.calibration.tokens}; raise it or lower data.block"
         )
-    if True in protocol.trained:
+    if any(cell.trained for cell in all_cells(protocol)):
         check_train(protocol.train, block)
     if protocol.questions.per_domain and importlib.util.find_spec("lm_eval") is None:
         raise ImportError(

@@ -182,15 +182,25 @@ class Shared:
             },
         )
 
-    def cost(self, model: PreTrainedModel, quality: QualityResult) -> dict[str, Any]:
+    def cost(
+        self, model: PreTrainedModel, quality: QualityResult, active: float | None = None
+    ) -> dict[str, Any]:
         """What a model costs, its active fraction of the parent's weights.
 
-        A model may have been made into a narrower dense one, whose own config knows no parent.
+        Args:
+            model: What was measured. It may have been made into a narrower dense one, whose own
+                config knows no parent.
+            quality: Of the model.
+            active: What is active of the model's networks, where its layers do not show it.
         """
         cost = cost_section(model, quality, self.split.heldout.block)
         if not moe_layers(model):
             dense: int = read_json(self.record_file)["ffn_weights"]
-            cost["active_ffn_fraction"] = ffn_weights(model) / dense
+            own = ffn_weights(model)
+            used = own if active is None else round(active * own)
+            cost["active_ffn_fraction"] = used / dense
+            cost["active_parameters"] -= own - used
+            cost["flops_per_token"] -= 2 * (own - used)
         return cost
 
     def dense_losses(self) -> BlockLosses:
