@@ -7,6 +7,14 @@ from pathlib import Path
 
 from moesaic.recipes.comparison.process import do_piece
 
+BOUNDS = {
+    "neurons": {"bound": "neuron-bound"},
+    "gates": {"bound": "neuron-bound", "options": {"by": "gate"}},
+    "blocks": {
+        "bound": "block-bound",
+        "options": {"convert": "dsmoe", "options": {"experts": 4, "init": "open"}},
+    },
+}
 VOLATILE = ("seconds", "peak_bytes", "created", "machine", "versions", "resumed")
 
 

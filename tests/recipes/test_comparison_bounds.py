@@ -3,21 +3,12 @@
 from pathlib import Path
 
 import pytest
-from comparison_cases import in_process, values
+from comparison_cases import BOUNDS, in_process, values
 from recipe_cases import write_model, write_text
 
 from moesaic._errors import InputError
 from moesaic.analysis.comparison import entries, pareto, ranked
 from moesaic.recipes.comparison import all_cells, build_protocol, compare, write_comparison
-
-BOUNDS = {
-    "neurons": {"bound": "neuron-bound"},
-    "gates": {"bound": "neuron-bound", "options": {"by": "gate"}},
-    "blocks": {
-        "bound": "block-bound",
-        "options": {"convert": "dsmoe", "options": {"experts": 4, "init": "open"}},
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +73,14 @@ def test_a_bound_is_known_before_it_is_measured(root, tmp_path):
     }
 
 
+def test_the_dense_parent_has_one_budget(root, tmp_path):
+    protocol = build_protocol(values(root, methods={"dense": {"bound": "dense"}}, trained=[False]))
+    lines = compare(protocol, tmp_path, run=lambda *a: pytest.fail("ran"))
+    reason = "active must be 1, since the dense parent uses all of its weights, got 0.5; give it "
+    assert [line["status"] for line in lines] == ["refused"] * 2
+    assert lines[1]["reason"] == reason + "budgets: [1.0]"
+
+
 def test_a_budget_that_no_blocks_make_is_refused_before_any_work(root, tmp_path):
     options = {"methods": {"blocks": BOUNDS["blocks"]}, "budgets": [0.3]}
     work = pytest.fail
@@ -90,10 +89,38 @@ def test_a_budget_that_no_blocks_make_is_refused_before_any_work(root, tmp_path)
     assert line["reason"].startswith("active must be a whole number of 4 experts, got 0.3")
 
 
+@pytest.mark.parametrize("loss", ["teacher", "text"])
+def test_the_dense_parent_is_trained_as_methods_are(loss, root, tmp_path):
+    on_text = {"distill": 0.0, "language": 1.0} if loss == "text" else {}
+    options = {
+        "methods": {"dense": {"bound": "dense", "budgets": [1.0]}},
+        "seeds": [0, 1],
+        "train": {**values(root)["train"], **on_text, "learning_rate": 0.01},
+    }
+    protocol = build_protocol(values(root, **options))
+    free, *trained = compare(protocol, tmp_path, run=in_process)
+    assert [line["seed"] for line in trained] == [0, 1]
+    for line in (free, *trained):
+        assert (line["kind"], line["status"]) == ("bound", "done")
+        assert line["cost"]["active_ffn_fraction"] == 1.0
+        assert line["cost"]["active_parameters"] == line["cost"]["total_parameters"]
+    assert free["quality"]["ratio"] == 1.0
+    for line in trained:
+        assert line["trained_tokens"] == 256
+        ratio = line["quality"]["ratio"]
+        # The teacher is the model itself; the text is like the held-out one.
+        assert ratio == pytest.approx(1.0, abs=1e-3) if loss == "teacher" else ratio < 0.9
+    _, files = write_comparison(protocol, tmp_path)
+    text = Path(files["markdown"]).read_text("utf-8")
+    assert text.count("| bound | 1 active |") == 2
+    assert "no method" not in text
+
+
 def test_a_wrong_bound_is_refused():
     for item, message in (
         ({"bound": "neuron"}, "bound 'neuron' is unknown; did you mean neuron-bound"),
         ({"bound": "neuron-bound", "options": {"seed": 1}}, "options.seed comes from seeds"),
+        ({"bound": "neuron-bound", "trained": [True]}, r"trained must be \[false\], got \[True\]"),
         ({"bound": "neuron-bound", "options": {"by": "gates"}}, "by 'gates' is unknown; did you"),
     ):
         with pytest.raises(InputError, match=message):

@@ -28,6 +28,7 @@ from moesaic.calibration.collectors import block_outputs
 from moesaic.calibration.stats import CalibrationStats
 from moesaic.conversion._active import whole_experts
 from moesaic.conversion._table import CONVERSIONS
+from moesaic.conversion.partition._base import validate_num_experts
 from moesaic.evaluation.activity import dense_ffn_width, layer_shapes
 from moesaic.evaluation.bounds import _common
 from moesaic.evaluation.bounds._common import check_choice, check_fraction, count_kept, remove
@@ -84,6 +85,16 @@ class BlockBound:
         """Names of the calibration collectors that the conversion needs."""
         needed: tuple[str, ...] = self.conversion().collectors()
         return needed
+
+    def check_model(self, config: Any) -> None:
+        """Refuse a model by its config alone, so before any text is read.
+
+        Raises:
+            InputError: If its networks cannot be cut into so many blocks.
+        """
+        experts = getattr(self.conversion(), "experts", None)
+        if experts is not None:
+            validate_num_experts(dense_ffn_width(config), experts)
 
 
 def bound_blocks(

@@ -44,14 +44,13 @@ def all_cells(protocol: Protocol) -> list[Cell]:
     """List the cells of a protocol, those without training first: they answer soonest.
 
     Without training a method that has no seed gives the same for every seed, so it has one cell.
-    Bounds are not trained.
     """
     return [
         Cell(method=method.name, active=active, seed=seed, trained=trained)
-        for trained in sorted(protocol.trained)
+        for trained in (False, True)
         for method in protocol.methods.values()
-        if method.trains or not trained
-        for active in protocol.budgets
+        if trained in protocol.trained_of(method)
+        for active in protocol.budgets_of(method)
         for seed in (protocol.seeds if trained or method.seeded else protocol.seeds[:1])
     ]
 

@@ -82,6 +82,8 @@ class _Item:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
+    budgets: tuple[float, ...] = ()
+    trained: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +96,9 @@ class Method:
         method: Registered name.
         options: Settings that differ from its own, without the budget and the seed.
         train: Settings of the training that are its own.
+        budgets: Budgets of its own, instead of the protocol's; none for the protocol's.
+        trained: Whether it is measured without training, with it, or both; none for as the
+            protocol says.
     """
 
     name: str
@@ -101,6 +106,8 @@ class Method:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
+    budgets: tuple[float, ...] = ()
+    trained: tuple[bool, ...] = ()
 
     @property
     def info(self) -> MethodInfo:
@@ -111,11 +118,6 @@ class Method:
     def seeded(self) -> bool:
         """Whether its settings have a seed, so that seeds differ without training."""
         return "seed" in _fields(KINDS[self.kind].load_config(self.method))
-
-    @property
-    def trains(self) -> bool:
-        """Whether it is trained: a bound stands for what it is."""
-        return self.kind != "bound"
 
     @property
     def static(self) -> bool:
@@ -145,6 +147,8 @@ class Method:
             self.kind: self.method,
             "options": to_plain(self.options),
             "train": to_plain(self.train),
+            "budgets": list(self.budgets),
+            "trained": list(self.trained),
         }
 
 
@@ -206,6 +210,14 @@ class Protocol:
             "methods": {name: method.plain() for name, method in self.methods.items()},
         }
 
+    def budgets_of(self, method: Method) -> tuple[float, ...]:
+        """Budgets at which a method is measured."""
+        return method.budgets or self.budgets
+
+    def trained_of(self, method: Method) -> tuple[bool, ...]:
+        """Whether a method is measured without training, with it, or both."""
+        return method.trained or self.trained
+
     def training(self, method: Method, active: float, seed: int) -> TrainConfig:
         """The training of one cell.
 
@@ -239,14 +251,10 @@ def build_protocol(values: Mapping[str, Any]) -> Protocol:
     for name in head.plugins:
         _import_plugin(name)
     for name in ("budgets", "seeds", "trained"):
-        given = getattr(head, name)
-        if not given or len(set(given)) < len(given):
-            raise InputError(f"protocol.{name} must be a list of distinct values, got {given}")
-    for active in head.budgets:
-        if not 0.0 < active <= 1.0:
-            raise InputError(
-                f"protocol.budgets must be in (0, 1], got {active}; 0.5 uses half of the weights"
-            )
+        if not getattr(head, name):
+            raise InputError(f"protocol.{name} must have at least one value, got none; give one")
+    _check_distinct("protocol.seeds", head.seeds)
+    _check_cells("protocol", head.budgets, head.trained)
     if min(head.seeds) < 0:
         raise InputError(f"protocol.seeds must be at least 0, got {min(head.seeds)}")
     if not isinstance(head.methods, dict) or not head.methods:
@@ -272,12 +280,28 @@ def build_protocol(values: Mapping[str, Any]) -> Protocol:
         protocol.training(method, 0.0, 0)
         # A name that nobody knows is an error now; a budget that cannot be met is a result later.
         try:
-            method.config(head.budgets[0], 0)
+            method.config(protocol.budgets_of(method)[0], 0)
         except UnknownNameError:
             raise
         except InputError:
             continue
     return protocol
+
+
+def _check_cells(where: str, budgets: Sequence[float], trained: Sequence[bool]) -> None:
+    """Refuse budgets that are no fractions, and what is listed twice."""
+    _check_distinct(f"{where}.budgets", budgets)
+    _check_distinct(f"{where}.trained", trained)
+    for active in budgets:
+        if not 0.0 < active <= 1.0:
+            raise InputError(
+                f"{where}.budgets must be in (0, 1], got {active}; 0.5 uses half of the weights"
+            )
+
+
+def _check_distinct(where: str, given: Sequence[Any]) -> None:
+    if len(set(given)) < len(given):
+        raise InputError(f"{where} must be a list of distinct values, got {list(given)}")
 
 
 def _import_plugin(name: str) -> None:
@@ -330,7 +354,24 @@ def _method(name: str, item: Any) -> Method:
                 f"{where}.train.{option} is the same for all methods; set it in protocol.train "
                 f"(a method's own are {', '.join(_OWN_TRAINING)})"
             )
-    return Method(name=name, kind=kind, method=head.method, options=head.options, train=head.train)
+    _check_cells(where, head.budgets, head.trained)
+    trained = head.trained
+    if kind == "bound" and "trains" not in KINDS[kind][head.method].abilities:
+        if True in trained:
+            raise InputError(
+                f"{where}.trained must be [false], got {list(trained)}: {head.method} has nothing "
+                "to train; leave it out"
+            )
+        trained = (False,)
+    return Method(
+        name=name,
+        kind=kind,
+        method=head.method,
+        options=head.options,
+        train=head.train,
+        budgets=head.budgets,
+        trained=trained,
+    )
 
 
 def _fields(config: type) -> set[str]:

@@ -134,12 +134,22 @@ class Shared:
         return load_tokenizer(str(self.parent))
 
     def ask(self, model: PreTrainedModel) -> dict[str, dict[str, float]]:
-        """Ask a model the questions; what it scored, by file, and nothing if there are none."""
+        """Ask a model the questions; nothing if there are none.
+
+        Returns:
+            By file, the metrics of lm-eval, the ends `acc_low` and `acc_high` of the 95% interval
+            of its `acc`, and how many `questions` there were.
+        """
         files = sorted((self.directory / "questions").glob("*.jsonl"))
         if not files:
             return {}
         found = evaluate_tasks(model, self.tokenizer(), [str(file) for file in files])
-        return {Path(name).stem: dict(task.metrics) for name, task in found.items()}
+        scores = {}
+        for name, task in found.items():
+            low, high = task.interval()
+            more = {"acc_low": low, "acc_high": high, "questions": task.questions}
+            scores[Path(name).stem] = {**task.metrics, **more}
+        return scores
 
     def stats(self, collectors: tuple[str, ...]) -> CalibrationStats | None:
         """Statistics that hold some collectors; none if none is needed."""
