@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from moesaic._errors import InputError, UnknownNameError
-from moesaic._registry import unknown_name
+from moesaic._registry import MethodTable, unknown_name
 
 T = TypeVar("T")
 
@@ -46,6 +46,37 @@ def build_config(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
         raise InputError(f"{where} lacks the option {missing[0]!r}; add it")
     built = {k: _coerce(v, hints[k], where=f"{where}.{k}") for k, v in values.items()}
     return cls(**built)
+
+
+def method_config(
+    table: MethodTable, method: str, options: Mapping[str, Any], *, where: str
+) -> Any:
+    """Build the settings of a registered method; `preset` gives defaults, others override them.
+
+    Args:
+        table: Of its family.
+        method: Its name.
+        options: Plain data.
+        where: Name of the section, for error messages.
+
+    Raises:
+        InputError: If the method, the preset or an option is unknown, or a value does not fit.
+    """
+    config_class = table.load_config(method)
+    options = dict(options)
+    presets: dict[str, Any] = getattr(config_class, "presets", dict)()
+    preset = options.pop("preset", "default" if "default" in presets else None)
+    if preset is not None:
+        if preset not in presets:
+            raise UnknownNameError(unknown_name(f"{method} preset", str(preset), presets))
+        base = to_plain(presets[preset])
+        # One setting of a router leaves its others as the method has them, not the router's own.
+        for name, value in options.items():
+            if isinstance(value, dict) and isinstance(base.get(name), dict):
+                value = {**base[name], **value}
+            base[name] = value
+        options = base
+    return build_config(config_class, options, where=where)
 
 
 def _coerce(value: Any, hint: Any, *, where: str) -> Any:

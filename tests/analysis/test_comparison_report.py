@@ -1,6 +1,7 @@
 """A comparison in words, as a table and as a page: who wins, how surely, and who is not ranked."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -61,7 +62,7 @@ def compared(*lines, budgets=(0.5,), trained=(False,)):
         "budgets": list(budgets),
         "trained": list(trained),
         "train": {"tokens": 32768},
-        "methods": {name: {} for name in dict.fromkeys(one["method"] for one in lines)},
+        "methods": {one["method"]: {one["kind"]: one["method"]} for one in lines},
     }
     return Comparison(protocol=protocol, lines=lines)
 
@@ -214,6 +215,90 @@ def test_lines_of_several_machines_and_commits_say_so():
     text = " ".join(page.text)
     assert "abc, def" in text
     assert ("Machine 1" in text, "Machine 2" in text, "Machine 3" in text) == (True, True, False)
+
+
+def test_budgets_and_states_of_a_methods_own():
+    lines = [
+        line("dsmoe", 0.5, 1.3),
+        line("dsmoe", 0.5, 1.1, trained=True),
+        line("flap", 0.75, 1.4),
+        line("oracle", 1.0, 1.0),
+    ]
+    comparison = compared(*lines, trained=(False, True))
+    methods = comparison.protocol["methods"]
+    methods["flap"] |= {"budgets": [0.75], "trained": [False]}
+    methods["oracle"] |= {"budgets": [1.0], "trained": [False]}
+    asked = [(e.method, e.budget, e.trained, e.status) for e in entries(comparison)]
+    assert asked == [
+        ("dsmoe", 0.5, False, "done"),
+        ("flap", 0.75, False, "done"),
+        ("oracle", 1.0, False, "done"),
+        ("dsmoe", 0.5, True, "done"),
+    ]
+    text = comparison_markdown(comparison)
+    assert [row for row in text.splitlines() if row.startswith("|")] == [
+        "| method | 0.5 active | 0.75 active |",
+        "| --- | --- | --- |",
+        "| dsmoe | **1.30 (1.25-1.35)** |  |",
+        "| flap (static) |  | **1.40 (1.35-1.45)** |",
+        "| bound | 1 active |",
+        "| --- | --- |",
+        "| oracle | 1.00 (0.95-1.05) |",
+        "| method | 0.5 active |",
+        "| --- | --- |",
+        "| dsmoe | **1.10 (1.05-1.15)** |",
+    ]
+    # No sentence about a budget that only a bound has.
+    assert [sentence.partition(",")[0] for sentence in verdicts(comparison)] == [
+        "At 0.5 active without training",
+        "At 0.75 active without training",
+        "At 0.5 active after training on 32",
+    ]
+    rows = Page(render_comparison(comparison)).tables["free-table"]
+    assert [cell["text"] for cell in rows[2]] == ["flapstatic", "", "1.40x1.35-1.45"]
+
+
+def scores(acc, half):
+    return {"last-word-docs": {"acc": acc, "acc_low": acc - half, "acc_high": acc + half}}
+
+
+def test_accuracy_stands_beside_the_ratio_and_the_dense_parent():
+    # The mean of two seeds is 0.6, from the lowest low to the highest high.
+    lines = [
+        line("dsmoe", 0.5, 1.2, accuracy=scores(0.5, 0.125)),
+        line("dsmoe", 0.5, 1.2, seed=1, accuracy=scores(0.75, 0.125)),
+        line("oracle", 0.5, 1.01, accuracy=scores(0.75, 0.125)),
+        line("flap", 0.5, 1.4),
+    ]
+    dense = {
+        "quality": {"domains": {"docs": {"perplexity": 10}, "code": {"perplexity": 5}}},
+        "cost": {"active_parameters": 2e8},
+        "accuracy": scores(0.875, 0.0625),
+    }
+    comparison = replace(compared(*lines), dense=dense)
+    table = comparison_markdown(comparison).partition("### Accuracy on questions\n\n")[2]
+    assert table.splitlines()[:5] == [
+        "| method | active |  | perplexity ratio | last-word-docs |",
+        "| --- | --- | --- | --- | --- |",
+        "| dense parent | 1 |  | 1.00 | 87.5% (81.2%-93.8%) |",
+        "| dsmoe | 0.5 |  | 1.20 (1.15-1.25) | 62.5% (37.5%-87.5%) |",
+        "| oracle (bound) | 0.5 |  | 1.01 (0.96-1.06) | 75.0% (62.5%-87.5%) |",
+    ]
+    header, *rows = Page(render_comparison(comparison)).tables["details-table"]
+    place = [cell["text"] for cell in header].index("last-word-docs")
+    shown = {row[0]["text"]: row[place] for row in rows}
+    assert [shown[name].get("value") for name in ("dense", "dsmoe", "oraclebound")] == [
+        0.875,
+        0.625,
+        0.75,
+    ]
+    assert shown["dsmoe"]["text"] == "62.5%37.5%-87.5%"
+    assert shown["flap"]["text"] == "-"
+    assert rows[1][5]["text"] == "1.20x1.15-1.25"
+
+
+def test_without_questions_there_is_no_table_of_accuracy():
+    assert "Accuracy" not in comparison_markdown(compared(line("flap", 0.5, 1.4)))
 
 
 def test_no_result_at_all_is_a_page_too():

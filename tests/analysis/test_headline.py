@@ -27,6 +27,15 @@ def test_what_a_good_result_says(record):
     )
 
 
+def test_activation_sparsity_is_a_baseline_and_no_pruning(record):
+    before = headline(record)
+    flap = next(model for model in record["models"] if model["name"] == "flap")
+    teal = {**flap, "name": "teal", "kind": "activation-sparsity"}
+    assert headline({**record, "models": [teal, *record["models"]]}) == before
+    others = [model for model in record["models"] if model is not flap]
+    assert "teal" not in str(headline({**record, "models": [teal, *others]}))
+
+
 def test_a_loss_to_static_pruning_is_said(record):
     record["models"][1]["quality"].update(ratio=1.1, ratio_low=1.08, ratio_high=1.12)
     assert headline(record).beside_pruning.endswith("dsmoe 1.21x: flap does better.")

@@ -196,3 +196,23 @@ def test_calibration_keeps_it(tmp_path):
     assert whole.keys() == {f"gradients.{name}" for name in want.whole}
     for name, value in want.whole.items():
         assert torch.equal(whole[f"gradients.{name}"], value)
+
+
+@pytest.mark.parametrize("blocks", [0, 2, 5])
+@pytest.mark.parametrize("case", [LLAMA, Case("gpt2", {})], ids=str)
+def test_interrupted_gradients_go_on_with_their_block(case, blocks, tmp_path):
+    model = dense_model(case)
+    config = CalibrationConfig(tokens=TEXT.num_tokens)
+    whole = calibrate(model, TEXT, ("gradients",), config, tmp_path / "a")
+    with pytest.raises(Killed):
+        calibrate(model, TEXT, ("gradients",), config, tmp_path / "b", Watch(blocks * BLOCK + 5))
+    watch = Watch()
+    again = calibrate(model, TEXT, ("gradients",), config, tmp_path / "b", watch)
+    assert watch.done == watch.total == TEXT.num_tokens - (blocks + 1) * BLOCK
+    for want, got in [
+        (whole.whole(), again.whole()),
+        *((whole.layer(i), again.layer(i)) for i in range(LAYERS)),
+    ]:
+        assert want.keys() == got.keys()
+        assert all(torch.equal(got[name], value) for name, value in want.items())
+    assert not list((tmp_path / "b").glob("*unfinished*"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from calibration_cases import LLAMA, Killed, Watch, ids_of, make_text
+from calibration_cases import BLOCK, LLAMA, Killed, Watch, ids_of, make_text
 from model_cases import LAYERS, converted, dense_model
 
 from moesaic._errors import CheckpointError, InputError
@@ -43,7 +43,8 @@ def test_what_is_measured_is_not_measured_again(tmp_path):
     assert pass_file(tmp_path, "gradients").is_file()
     watch = Watch()
     stats = calibrate(model, TEXT, names, CONFIG, tmp_path, watch)
-    assert watch.done == TEXT.num_tokens
+    # Of the sensitivity two blocks are done as well.
+    assert watch.done == TEXT.num_tokens - 2 * BLOCK
     assert stats.passes == ("gradients", "sensitivity")
     assert len(stats.sensitivity) == LAYERS
 
@@ -63,3 +64,13 @@ def test_damaged_files_are_named(tmp_path):
 def test_near_name_is_suggested(tmp_path):
     with pytest.raises(InputError, match=r"collector 'token' is unknown; did you mean tokens"):
         calibrate(dense_model(LLAMA), TEXT, ("token",), CONFIG, tmp_path)
+
+
+def test_a_damaged_unfinished_pass_is_named(tmp_path):
+    model = dense_model(LLAMA)
+    with pytest.raises(Killed):
+        calibrate(model, TEXT, ("gradients",), CONFIG, tmp_path, Watch(20))
+    file = tmp_path / "gradients.unfinished"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"gradients.unfinished cannot be read .*; delete"):
+        calibrate(model, TEXT, ("gradients",), CONFIG, tmp_path)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as nnf
-from calibration_cases import DEEP, LLAMA, Killed, Watch, ids_of, make_text
+from calibration_cases import BLOCK, DEEP, LLAMA, Killed, Watch, ids_of, make_text
 from model_cases import DIM, LAYERS, ROWS, converted, dense_model
 
 from moesaic.calibration import CalibrationConfig, calibrate
@@ -107,21 +107,19 @@ def test_calibration_keeps_it(tmp_path):
     assert stats.layer(0) == {}
 
 
-def test_interrupted_sensitivity_is_measured_again(tmp_path):
+# In the first block, in the third, and when all is done but for the file.
+@pytest.mark.parametrize("blocks", [0, 2, 5])
+def test_interrupted_sensitivity_goes_on_with_its_block(blocks, tmp_path):
     model = dense_model(LLAMA)
     config = CalibrationConfig(tokens=TEXT.num_tokens)
-    whole = calibrate(model, TEXT, ("moments", "sensitivity"), config, tmp_path / "a")
-    directory = tmp_path / "b"
+    names = ("moments", "sensitivity")
+    whole = calibrate(model, TEXT, names, config, tmp_path / "a")
+    stop = LAYERS * TEXT.num_tokens + blocks * BLOCK + 5
     with pytest.raises(Killed):
-        calibrate(
-            model,
-            TEXT,
-            ("moments", "sensitivity"),
-            config,
-            directory,
-            Watch(stop_after=LAYERS * TEXT.num_tokens + 20),
-        )
+        calibrate(model, TEXT, names, config, tmp_path / "b", Watch(stop))
     watch = Watch()
-    again = calibrate(model, TEXT, ("moments", "sensitivity"), config, directory, watch)
-    assert watch.done == TEXT.num_tokens, "the walk is not repeated"
+    again = calibrate(model, TEXT, names, config, tmp_path / "b", watch)
+    # The block whose end was told is on disk.
+    assert watch.done == watch.total == TEXT.num_tokens - (blocks + 1) * BLOCK
     assert again.sensitivity == whole.sensitivity
+    assert not list((tmp_path / "b").glob("*unfinished*"))

@@ -103,17 +103,23 @@ def test_every_narrowable_architecture(model_type, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", sorted(set(ARCHITECTURES) - set(NARROWABLE)))
-def test_other_architectures_are_refused(model_type, tmp_path):
-    case = Case(model_type, {})
-    dense = dense_model(case)
-    stats = measure(dense, tmp_path, COLLECTORS)
-    assert "gradients.channel_importance_D" not in stats.whole()
-    with pytest.raises(
-        InputError,
-        match=rf"llm-pruner-channel cannot remove channels of {model_type}, whose config ties .*; "
-        r"llama, mistral, .* work",
-    ):
-        prune_channels(dense, stats, LLMPrunerChannel())
+def test_other_architectures_are_refused_before_they_are_measured(model_type):
+    dense = dense_model(Case(model_type, {}))
+    message = (
+        rf"llm-pruner-channel cannot remove channels of {model_type}, whose config ties .*; "
+        r"llama, mistral, .* work"
+    )
+    with pytest.raises(InputError, match=message):
+        LLMPrunerChannel().check_model(dense.config)
+    with pytest.raises(InputError, match=message):
+        prune_channels(dense, None, LLMPrunerChannel())
+
+
+def test_a_fraction_that_does_not_fit_the_heads_is_refused_before_it_is_measured():
+    # 32 channels and 4 heads: 0.7 leaves 22.
+    message = r"active=0.7 leaves 22 of 32 channels, .* multiple of the 4 heads; use 0.625 or 0.75$"
+    with pytest.raises(InputError, match=message):
+        prune_channels(dense_model(LLAMA), None, LLMPrunerChannel(active=0.7))
 
 
 def test_channels_may_change_places():

@@ -25,7 +25,7 @@ def case(request):
     h_TD = torch.randn(T, D) + 1
     on_TE = (torch.rand(T, E) < 0.5).float()
     errors = BlockErrors(h_TD, experts)
-    return errors, h_TD, on_TE, errors.missing(torch.arange(T), on_TE)
+    return errors, h_TD, errors.missing(torch.arange(T), on_TE)
 
 
 def left(errors, missing_TD, added_TD):
@@ -33,9 +33,9 @@ def left(errors, missing_TD, added_TD):
 
 
 def test_full_rank_is_weighted_least_squares(case):
-    errors, h_TD, on_TE, missing_TD = case
+    errors, h_TD, missing_TD = case
     bypass = Bypass(D, D)
-    fit_bypass(bypass, errors, h_TD, on_TE)
+    fit_bypass(bypass, h_TD, missing_TD, errors.scale_T1)
     root_T1 = errors.scale_T1.sqrt()
     x_TI = torch.cat([h_TD, torch.ones(T, 1)], 1)
     map_ID = torch.linalg.lstsq(root_T1 * x_TI, root_T1 * missing_TD).solution
@@ -46,9 +46,9 @@ def test_full_rank_is_weighted_least_squares(case):
 
 
 def test_a_low_rank_is_the_best_of_its_rank(case):
-    errors, h_TD, on_TE, missing_TD = case
+    errors, h_TD, missing_TD = case
     bypass = Bypass(D, 2)
-    fit_bypass(bypass, errors, h_TD, on_TE)
+    fit_bypass(bypass, h_TD, missing_TD, errors.scale_T1)
     found = left(errors, missing_TD, bypass(h_TD).detach())
     # No other of that rank, trained from there on, does better.
     optimizer = torch.optim.Adam(bypass.parameters(), lr=1e-2)
@@ -59,7 +59,7 @@ def test_a_low_rank_is_the_best_of_its_rank(case):
         optimizer.step()
     assert found <= float(loss.detach()) * 1.001
     whole = Bypass(D, D)
-    fit_bypass(whole, errors, h_TD, on_TE)
+    fit_bypass(whole, h_TD, missing_TD, errors.scale_T1)
     assert left(errors, missing_TD, whole(h_TD).detach()) < found
 
 
@@ -77,6 +77,7 @@ def test_what_is_linear_is_made_up_for():
     h_TD = h_TD / h_TD.sum(1, keepdim=True)
     errors, off_TE = BlockErrors(h_TD, experts), torch.zeros(T, E)
     bypass = Bypass(D, D)
-    fit_bypass(bypass, errors, h_TD, off_TE)
+    missing_TD = errors.missing(torch.arange(T), off_TE)
+    fit_bypass(bypass, h_TD, missing_TD, errors.scale_T1)
     assert errors.error(torch.arange(T), off_TE) > 0.5
     assert errors.error(torch.arange(T), off_TE, bypass(h_TD).detach()) < 1e-4

@@ -7,10 +7,11 @@ import torch
 from evaluation_cases import DIM, LAYERS, WIDTH, Letters, convert, dense_model
 
 from moesaic._errors import InputError
-from moesaic.evaluation import evaluate_perplexity, model_cost
+from moesaic.evaluation import QualityConfig, evaluate_perplexity, model_cost
 from moesaic.evaluation.activity import record_use, token_fractions
 from moesaic.evaluation.samples import coloured_tokens
 from moesaic.models.ffn import decoder_layers
+from moesaic.nn.experts._base import Experts
 from moesaic.nn.layer import MoELayer, moe_layers, record_routing
 
 FFN = 3 * DIM * WIDTH
@@ -131,6 +132,22 @@ def test_a_thresholded_part_beside_experts_bounds_nothing_below(blocks):
     assert cost.active_ffn_fraction == activation.mean()
     with pytest.raises(InputError, match=r"active_per_layer\[0\] must be in \[0, 1\], got 1.1"):
         model_cost(model, [1.1] * LAYERS)
+
+
+def test_zeros_are_counted_once_an_evaluation(blocks, monkeypatch):
+    model = zeroed(convert(dense_model(), experts=0, shared=WIDTH), 2)
+    counted = []
+    real = Experts.used_share
+    monkeypatch.setattr(Experts, "used_share", lambda self: counted.append(self) or real(self))
+    activation = evaluate_perplexity(model, blocks, QualityConfig(batch_blocks=1)).activation
+    assert activation.mean() == pytest.approx(0.5)
+    assert counted == [layer.shared for layer in moe_layers(model)]
+    # Not remembered: another evaluation counts anew.
+    with torch.no_grad():
+        for layer in moe_layers(model):
+            layer.shared.down_proj.zero_()
+    # Of three equal matrices one is gone, of the others half.
+    assert evaluate_perplexity(model, blocks).activation.mean() == pytest.approx(1 / 3)
 
 
 def test_no_hook_is_left(blocks):

@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic._errors import InputError
-from moesaic.evaluation import block_bound, bounds, evaluate_perplexity, neuron_bound
+from moesaic.calibration import CalibrationConfig, calibrate
+from moesaic.conversion._table import CONVERSIONS
+from moesaic.evaluation import block_bound, evaluate_perplexity, neuron_bound
+from moesaic.evaluation.bounds import _common
+from moesaic.evaluation.bounds._table import BOUNDS
+from moesaic.evaluation.bounds.block_bound import BlockBound, select_blocks
+from moesaic.evaluation.bounds.neuron_bound import NeuronBound
 from moesaic.models.architectures import ARCHITECTURES, architecture_of
 from moesaic.models.ffn import decoder_layers, read_ffn
 from moesaic.nn.layer import moe_layers, record_routing
@@ -108,11 +114,11 @@ def test_blocks_by_hand():
     gram_TEE = torch.from_numpy(np.outer(out, out))[None]
     # One off: the 0.5. Two off: 0.5 and 1 together lose 2.25, where 3 - 2.9 would lose 0.01:
     # backward selection has switched 0.5 off by then and cannot see that.
-    assert bounds.select_blocks(gram_TEE, 3).tolist() == [[True, True, True, False]]
-    assert bounds.select_blocks(gram_TEE, 2).tolist() == [[True, True, False, False]]
+    assert select_blocks(gram_TEE, 3).tolist() == [[True, True, True, False]]
+    assert select_blocks(gram_TEE, 2).tolist() == [[True, True, False, False]]
     # Three off: with 0.5 and 1 gone, -2.9 brings the sum to -1.4, nearer than 3 to 4.5.
-    assert bounds.select_blocks(gram_TEE, 1).tolist() == [[True, False, False, False]]
-    assert bounds.select_blocks(gram_TEE, 4).all()
+    assert select_blocks(gram_TEE, 1).tolist() == [[True, False, False, False]]
+    assert select_blocks(gram_TEE, 4).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -126,7 +132,7 @@ def test_selection_is_greedy_and_exact_for_one(num_experts, seed):
         for kept in range(num_experts - 1, 0, -1):
             rest = [i for i in range(num_experts) if i not in off]
             off.append(min(rest, key=lambda i: off_error(gram_EE, [*off, i])))
-            on_E = bounds.select_blocks(gram_TEE, kept)[token]
+            on_E = select_blocks(gram_TEE, kept)[token]
             assert sorted(off) == (~on_E).nonzero().flatten().tolist()
             if kept == num_experts - 1:
                 best = min(off_error(gram_EE, [i]) for i in range(num_experts))
@@ -158,7 +164,7 @@ def test_the_best_blocks_of_each_token_are_used(by, shared, blocks):
         if by == "norm":
             best_TK = o_TED.norm(dim=2).topk(3, dim=1).indices.sort(1).values
         else:
-            on_again_TE = bounds.select_blocks(o_TED @ o_TED.transpose(1, 2), 3)
+            on_again_TE = select_blocks(o_TED @ o_TED.transpose(1, 2), 3)
             best_TK = on_again_TE.nonzero()[:, 1].reshape(-1, 3)
         assert torch.equal(routing.ids_TK.sort(1).values, best_TK)
 
@@ -203,15 +209,15 @@ def test_chunks_change_nothing(by, blocks, monkeypatch):
     with bound(model, 0.5, by=by):
         whole = logits(model, blocks)
     sizes = []
-    real = bounds._chunks
+    real = _common.chunks
 
     def chunks(num_tokens, floats):
         pieces = list(real(num_tokens, floats))
         sizes.append(max(len(range(num_tokens)[piece]) * floats for piece in pieces))
         return pieces
 
-    monkeypatch.setattr(bounds, "_MAX_FLOATS", 1000)
-    monkeypatch.setattr(bounds, "_chunks", chunks)
+    monkeypatch.setattr(_common, "_MAX_FLOATS", 1000)
+    monkeypatch.setattr(_common, "chunks", chunks)
     with bound(model, 0.5, by=by):
         torch.testing.assert_close(logits(model, blocks), whole)
     assert len(sizes) == LAYERS
@@ -259,3 +265,55 @@ def test_what_cannot_be_bounded_is_refused():
         with pytest.raises(InputError, match=message), bound(model, active, **options):
             pass
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_an_applied_neuron_bound_is_the_bound(blocks):
+    model = dense_model()
+    with neuron_bound(model, 0.3, by="gate"):
+        want = logits(model, blocks)
+    bounded, results = BOUNDS.load("neuron-bound")(model, None, NeuronBound(active=0.3, by="gate"))
+    assert torch.equal(logits(bounded, blocks), want)
+    assert results == {"active": 7 / 24}
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        # 3 of 6 blocks.
+        ({"convert": "dsmoe", "options": {"experts": 6, "init": "open"}}, 3),
+        # 4 of 8 blocks are active; CMoE shares 2 of these always, so 2 of the other 6 are chosen.
+        ({"convert": "cmoe", "options": {"experts": 8}, "by": "norm"}, 2),
+    ],
+    ids=["dsmoe", "cmoe"],
+)
+def test_an_applied_block_bound_meets_its_budget(options, kept, blocks, tmp_path):
+    config = BlockBound(active=0.5, **options)
+    text = CalibrationConfig(tokens=blocks.ids_NS.size)
+    stats = calibrate(dense_model(), blocks, config.collectors(), text, tmp_path)
+    model, results = BOUNDS.load("block-bound")(dense_model(), stats, config)
+    assert results == {"active": 0.5, "blocks_per_layer": [kept] * LAYERS}
+    bounded = evaluate_perplexity(model, blocks)
+    assert bounded.activation.mean_per_layer() == [0.5] * LAYERS
+    # The choice is the bound's and not the router's.
+    plain, _ = CONVERSIONS.load(config.convert)(dense_model(), stats, config.conversion())
+    chosen = kept / moe_layers(plain)[0].experts.num_experts
+    with block_bound(plain, chosen, by=config.by):
+        want = evaluate_perplexity(plain, blocks)
+    assert np.array_equal(bounded.losses.nll_N, want.losses.nll_N)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"active": 0.0}, r"active must be in \(0, 1\], got 0.0"),
+        ({"active": 0.3, "options": {"experts": 4}}, r"whole number of 4 experts.* 0.25 and 0.5"),
+        ({"convert": "sparse-upcycling"}, r"add up to the dense network \(cmoe, .*\), got 'sparse"),
+        ({"convert": "dsmo"}, "conversion 'dsmo' is unknown; did you mean dsmoe"),
+        ({"options": {"expert": 4}}, "convert dsmoe option 'expert' is unknown; did you mean"),
+        ({"options": {"active": 0.5}}, "options.active of the bound on blocks stands beside"),
+    ],
+    ids=str,
+)
+def test_settings_that_no_block_bound_meets_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        BlockBound(**options)

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moesaic._errors import InputError
-from moesaic.evaluation import TasksConfig, evaluate_tasks
+from moesaic.evaluation import TaskAccuracy, TasksConfig, evaluate_tasks
 from moesaic.evaluation.tasks import read_questions
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "red", "green", "blue", "what", "is", "next", "?"]
@@ -119,3 +119,10 @@ def test_missing_or_empty_file_is_refused(tmp_path, words_tokenizer, dense):
         evaluate_tasks(dense, words_tokenizer, [])
     with pytest.raises(InputError, match="limit must be at least 0, got -1; raise it"):
         TasksConfig(limit=-1)
+
+
+def test_the_interval_is_wilsons():
+    # (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with z = 1.96.
+    for right, questions, low, high in ((5, 10, 0.2366, 0.7634), (0, 10, 0.0, 0.2775)):
+        found = TaskAccuracy(metrics={"acc": right / questions}, questions=questions)
+        assert found.interval() == pytest.approx((low, high), abs=1e-4)

@@ -52,11 +52,11 @@ def test_finding_axes_changes_nothing(model_type):
 
 
 def test_check_names_what_works():
-    check_narrowable(dense_model(Case("llama", {})), by="anyone")
+    check_narrowable(dense_model(Case("llama", {})).config, by="anyone")
     with pytest.raises(
         InputError, match=r"anyone cannot remove channels of gpt2, whose config .*; llama, .* work"
     ):
-        check_narrowable(dense_model(Case("gpt2", {})), by="anyone")
+        check_narrowable(dense_model(Case("gpt2", {})).config, by="anyone")
 
 
 def test_narrow_model_loads_by_its_record(tmp_path):

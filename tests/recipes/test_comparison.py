@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import yaml
+from comparison_cases import in_process, stable, values
 from hypothesis import given
 from hypothesis import strategies as st
 from recipe_cases import write_model, write_text
@@ -37,32 +37,7 @@ from moesaic.recipes.comparison import (
     write_comparison,
 )
 from moesaic.recipes.comparison.lines import NAME, add_line
-from moesaic.recipes.comparison.process import Outcome, do_piece
-
-VOLATILE = ("seconds", "peak_bytes", "created", "machine", "versions", "resumed")
-
-
-def values(root, **options):
-    """A protocol of two methods and two budgets, as plain data."""
-    root = Path(root)
-    return {
-        "model": str(root / "dense"),
-        "data": {"sources": [f"notes={root / 'text'}"], "block": 32},
-        "calibration": {"tokens": 128, "batch_blocks": 2},
-        "heldout": {"blocks_per_domain": 4},
-        "train": {"tokens": 256, "batch_blocks": 2, "checkpoint_every": 2},
-        "budgets": [0.75, 0.5],
-        "seeds": [0],
-        "methods": {
-            "dsmoe": {"convert": "dsmoe", "options": {"experts": 4, "fit_steps": 3}},
-            "flap": {"compress": "flap", "options": {"multiple": 1}},
-        },
-    } | options
-
-
-def in_process(piece, log, progress):
-    """Spare the seconds that a fresh process takes to import torch."""
-    return do_piece(json.loads(json.dumps(piece)), progress)
+from moesaic.recipes.comparison.process import Outcome
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +74,6 @@ class Watch:
     @contextlib.contextmanager
     def stage(self, name, total, unit):
         yield SimpleNamespace(advance=lambda n=1.0: self.done.update({name: n}))
-
-
-def stable(lines):
-    """What two runs of one cell have in common."""
-    return [{k: v for k, v in line.items() if k not in VOLATILE} for line in lines]
 
 
 def test_every_cell_has_its_line(finished, root):
@@ -255,6 +225,24 @@ def test_a_method_without_a_seed_has_one_cell_until_it_is_trained():
     assert protocol.methods["dsmoe"].config(0.5, 4).seed == 4
 
 
+def test_a_method_may_have_fewer_cells_or_others():
+    methods = {
+        "flap": {"compress": "flap"},
+        "teal": {"compress": "teal", "budgets": [0.5], "trained": [False]},
+        "more": {"compress": "flap", "budgets": [0.9], "trained": [True]},
+    }
+    protocol = build_protocol(values(".", methods=methods))
+    assert [cell.key for cell in all_cells(protocol)] == [
+        "flap-0.75-seed0",
+        "flap-0.5-seed0",
+        "teal-0.5-seed0",
+        "flap-0.75-seed0-trained",
+        "flap-0.5-seed0-trained",
+        "more-0.9-seed0-trained",
+    ]
+    assert build_protocol(protocol.plain()) == protocol
+
+
 SELECTIONS = {
     ("method=flp",): "method of the protocol 'flp' is unknown; did you mean flap",
     ("metod=flap",): "field of a cell 'metod' is unknown; did you mean method",
@@ -309,10 +297,25 @@ BROKEN = {
         method(compress="flap", train={"tokens": 5}),
         "train.tokens is the same for all methods; set it in protocol.train",
     ),
+    "own budget": (method(compress="flap", budgets=[0]), r"one.budgets must be in \(0, 1\], got 0"),
+    "own budgets": (
+        method(compress="flap", budgets=[0.5, 0.5]),
+        "one.budgets must be a list of di",
+    ),
+    "own trained": (
+        method(compress="flap", trained=[1]),
+        r"one.trained\[0\] must be a bool, got 1",
+    ),
+    "own seeds": (method(compress="flap", seeds=[1]), "one option 'seeds' is unknown"),
+    "trained bound": (
+        method(bound="neuron-bound", trained=[False, True]),
+        r"one.trained must be \[false\], got \[False, True\]: neuron-bound has noth",
+    ),
     "name": ({"methods": {"a/b": {"compress": "flap"}}}, "must be of letters, digits"),
     "no methods": ({"methods": {}}, "must be a mapping of names to methods"),
     "budget": ({"budgets": [0.5, 1.5]}, r"budgets must be in \(0, 1\], got 1.5"),
-    "no budgets": ({"budgets": []}, "budgets must be a list of distinct values"),
+    "no budgets": ({"budgets": []}, "budgets must have at least one value, got none"),
+    "budgets": ({"budgets": [0.5, 0.5]}, "protocol.budgets must be a list of distinct values"),
     "seeds": ({"seeds": [1, 1]}, "seeds must be a list of distinct values"),
     "negative": ({"seeds": [-1]}, "seeds must be at least 0, got -1"),
     "train": ({"train": {"active": 0.5}}, "protocol.train.active comes from budgets"),
@@ -389,6 +392,22 @@ def test_a_refused_budget_is_a_line(root, tmp_path, plugin):
         assert "active must be at least 0.5, got 0.25; raise it" in file.read_text("utf-8")
 
 
+def test_what_does_not_fit_the_model_is_refused_before_any_work(root, tmp_path):
+    methods = {
+        "channels": {"compress": "llm-pruner-channel"},
+        "dsmoe": {"convert": "dsmoe", "options": {"experts": 7}},
+        "blocks": {"bound": "block-bound", "options": {"options": {"experts": 10}}},
+    }
+    options = {"methods": methods, "budgets": [0.7], "trained": [False]}
+    protocol = build_protocol(values(root, **options))
+    lines = compare(protocol, tmp_path, run=lambda *a: pytest.fail("worked"))
+    assert [line["status"] for line in lines] == ["refused"] * 3
+    assert "multiple of the 4 heads" in lines[0]["reason"]
+    assert "experts=7 does not divide the FFN width" in lines[1]["reason"]
+    assert "experts=10 does not divide the FFN width" in lines[2]["reason"]
+    assert compare(protocol, tmp_path, run=lambda *a: pytest.fail("tried again")) == lines
+
+
 def test_a_method_may_leave_an_ordinary_dense_model(root, tmp_path, plugin):
     options = {"methods": {"thin": {"compress": "thin"}}, "budgets": [0.5], **plugin}
     free, trained = compare(build_protocol(values(root, **options)), tmp_path, run=in_process)
@@ -455,36 +474,6 @@ def test_the_dry_run_says_what_is_left(finished, root):
     by_key = {cell.key: entry["seconds"] for cell, entry in zip(cells, fresh, strict=True)}
     assert by_key["flap-0.5-seed0-trained"] >= by_key["flap-0.5-seed0"]
     assert not (root / "nothing").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")
-def test_questions_are_asked_of_the_parent_and_of_every_cell(root, tmp_path):
-    pytest.importorskip("lm_eval")
-    words = [a + b + c for a in "bdfgkl" for b in "aeiou" for c in "mnprst"]
-    draw = random.Random(0)
-    (tmp_path / "text").mkdir()
-    for index in range(12):
-        text = " ".join(draw.choices(words, k=150))
-        (tmp_path / "text" / f"{index}.txt").write_text(text)
-    options = {
-        "questions": {"per_domain": 3, "passage_words": 8, "continuation_words": 2},
-        "methods": {"flap": values(root)["methods"]["flap"]},
-        "budgets": [0.5],
-        "trained": [False],
-        "data": {
-            "sources": [f"notes={tmp_path / 'text'}"],
-            "block": 32,
-            "heldout_fraction": 0.5,
-        },
-    }
-    protocol = build_protocol(values(root, **options))
-    (line,) = compare(protocol, tmp_path / "out", run=in_process)
-    assert line["accuracy"].keys() == {"continuation-notes", "last-word-notes"}
-    comparison, files = write_comparison(protocol, tmp_path / "out")
-    for record in (line, comparison.dense):
-        assert all(0 <= found["acc"] <= 1 for found in record["accuracy"].values())
-    assert ">last-word-notes</th>" in Path(files["report"]).read_text("utf-8")
 
 
 def start(code, *arguments):

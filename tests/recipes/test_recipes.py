@@ -295,6 +295,17 @@ def test_text_is_not_read_where_no_step_needs_it(tmp_path):
     assert plan(read_recipe(write_recipe(tmp_path, values)))["documents"] == 0
 
 
+def test_what_a_config_tells_is_refused_before_any_work(tmp_path):
+    values = recipe_values(tmp_path)
+    values["steps"] = [{"compress": {"method": "llm-pruner-channel", "active": 0.7}}]
+    with pytest.raises(InputError, match=r"active=0.7 leaves \d+ of \d+ channels, which must be a"):
+        run_recipe(read_recipe(write_recipe(tmp_path, values)))
+    assert not (tmp_path / "run").exists()
+    # The number of experts that it leaves open is no wrong one.
+    values["steps"] = [{"convert": {"method": "moefication"}}]
+    assert plan(read_recipe(write_recipe(tmp_path, values)))["steps"] == ["convert"]
+
+
 def test_every_compression_is_a_step_and_is_evaluated(tmp_path):
     """One calibration serves them all; a result that is dense still is loaded like the others."""
     values = recipe_values(tmp_path)
@@ -305,5 +316,9 @@ def test_every_compression_is_a_step_and_is_evaluated(tmp_path):
     result = run_recipe(read_recipe(write_recipe(tmp_path, values)))
     record = read_json(Path(result["record"]))
     assert [entry["name"] for entry in record["models"]] == ["dense", *COMPRESSIONS]
+    kinds = {entry["name"]: entry["kind"] for entry in record["models"]}
+    assert (kinds["flap"], kinds["teal"]) == ("static-pruning", "activation-sparsity")
+    # A baseline is not what the report is about.
+    assert record["activation"] == {}
     assert all(entry["quality"]["ratio"] > 0 for entry in record["models"])
     assert not list((tmp_path / "run").rglob("layers"))

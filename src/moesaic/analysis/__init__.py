@@ -1,7 +1,8 @@
 """Seeing what a conversion did: the main table, its headline and the HTML report."""
 
 from moesaic.analysis._headline import Headline, headline
-from moesaic.analysis.comparison import Comparison, comparison_markdown, verdicts
+from moesaic.analysis.comparison import Comparison, verdicts
+from moesaic.analysis.comparison_markdown import comparison_markdown
 from moesaic.analysis.comparison_page import render_comparison
 from moesaic.analysis.report import render_report, write_report
 from moesaic.analysis.table import summary_rows, summary_table

@@ -8,6 +8,8 @@ from typing import Any
 from moesaic._errors import InputError
 
 SCHEMA = 1
+# The kinds of the parent and the baselines, beside which the main model is read.
+_NOT_MAIN = ("dense", "static-pruning", "activation-sparsity")
 
 
 def check_record(record: Mapping[str, Any]) -> None:
@@ -146,7 +148,7 @@ def dense_model(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def main_model(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Find the converted model the report is about: the first that is neither baseline."""
     models = entries(record, "models")
-    return next((m for m in models if m.get("kind") not in ("dense", "static-pruning")), None)
+    return next((m for m in models if m.get("kind") not in _NOT_MAIN), None)
 
 
 def matching_baseline(

@@ -1,4 +1,4 @@
-"""A comparison of methods in words and as a table: who is best at which budget, and how surely.
+"""A comparison of methods in words: who is best at which budget, and how surely.
 
 An entry is a method at a budget, over its seeds: the ratio of perplexities is their geometric mean,
 and its interval reaches from the lowest to the highest end of theirs, so that it holds what both
@@ -16,7 +16,7 @@ from statistics import fmean, geometric_mean
 from typing import Any, Literal, NamedTuple
 
 from moesaic.analysis import _record
-from moesaic.analysis._format import multiple, significant
+from moesaic.analysis._format import multiple, percent, significant
 
 # How far a measured fraction may be from its budget.
 TOLERANCE = 0.02
@@ -37,6 +37,22 @@ class Comparison:
     protocol: Mapping[str, Any]
     lines: Sequence[Mapping[str, Any]]
     dense: Mapping[str, Any] | None = None
+
+
+class Accuracy(NamedTuple):
+    """Part of some questions that were answered rightly, with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def interval(self) -> str:
+        """As 40.1%-59.9%."""
+        return f"{percent(self.low)}-{percent(self.high)}"
+
+    def text(self) -> str:
+        """As 50.0% (40.1%-59.9%)."""
+        return f"{percent(self.value)} ({self.interval()})"
 
 
 class Ratio(NamedTuple):
@@ -79,7 +95,7 @@ class Entry:
         active_parameters: What one token uses of the whole model, mean over seeds.
         seconds: Of conversion, training and evaluation, mean over seeds.
         peak_bytes: The largest of the seeds.
-        accuracy: By file of questions, mean over seeds.
+        accuracy: By file of questions: the mean over seeds, and the widest interval of theirs.
     """
 
     method: str
@@ -97,43 +113,67 @@ class Entry:
     active_parameters: float | None = None
     seconds: Mapping[str, float] | None = None
     peak_bytes: float | None = None
-    accuracy: Mapping[str, float] | None = None
+    accuracy: Mapping[str, Accuracy] | None = None
 
 
 def entries(comparison: Comparison) -> list[Entry]:
     """Put the lines of a comparison together, in the order of the protocol.
 
+    Returns:
+        What was asked for, those without training first, whether or not it has a line.
+
     Raises:
         InputError: If a line holds a wrong kind of value.
     """
     protocol = comparison.protocol
-    budgets = _record.numbers(protocol, "budgets")
     methods = _record.section(protocol, "methods")
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    # What a method is, any line of it tells.
-    kinds: dict[str, Mapping[str, Any]] = {}
+    # Whether a method is static, any line of it tells.
+    static: dict[str, bool] = {}
     for line in comparison.lines:
         key = (line["method"], line["active"], line["trained"])
         groups.setdefault(key, []).append(line)
-        kinds.setdefault(line["method"], line)
-    return [
-        _entry(str(name), kinds.get(name, {}), budget, trained, groups.get(key, []))
-        for trained in _record.items(protocol, "trained")
-        for name in methods
-        for budget in budgets
-        for key in [(name, budget, trained)]
-    ]
+        static.setdefault(line["method"], bool(line["static"]))
+    found = []
+    for trained in (False, True):
+        for name in methods:
+            method = _record.section(methods, name)
+            # Its own, or those of the protocol.
+            states = _record.items(method, "trained") or _record.items(protocol, "trained")
+            budgets = _record.numbers(method, "budgets") or _record.numbers(protocol, "budgets")
+            for budget in budgets if trained in states else ():
+                lines = groups.get((name, budget, trained), [])
+                about = (_kind(method), static.get(name, False))
+                found.append(_entry(str(name), *about, budget, trained, lines))
+    return found
+
+
+def states(found: Sequence[Entry]) -> list[bool]:
+    """Whether anything was asked for without training and with it."""
+    return [trained for trained in (False, True) if any(e.trained == trained for e in found)]
+
+
+def columns(shown: Sequence[Entry], protocol: Mapping[str, Any]) -> list[float]:
+    """Budgets of some entries: those of the protocol in its order, then what methods add."""
+    asked = {entry.budget for entry in shown}
+    common = [budget for budget in _record.numbers(protocol, "budgets") if budget in asked]
+    return [*common, *sorted(asked - set(common), reverse=True)]
+
+
+def _kind(method: Mapping[str, Any]) -> str:
+    """The key under which a protocol names what it compares."""
+    return next((kind for kind in ("convert", "compress", BOUND) if kind in method), "")
 
 
 def _entry(
     method: str,
-    about: Mapping[str, Any],
+    kind: str,
+    static: bool,
     budget: float,
     trained: bool,
     lines: Sequence[Mapping[str, Any]],
 ) -> Entry:
     first = lines[0] if lines else {}
-    kind, static = _record.text(about, "kind"), bool(about.get("static", False))
     done = [line for line in lines if line["status"] == "done"]
     failed = [line for line in lines if line["status"] != "done"]
     reason = _record.text(failed[0], "reason") if failed else ""
@@ -179,7 +219,7 @@ def _entry(
         active_parameters=fmean(_needed(costs, "active_parameters")),
         seconds=_means([_record.section(line, "seconds") for line in done], fmean),
         peak_bytes=max((line.get("peak_bytes", 0) for line in done), default=0) or None,
-        accuracy=_means([accuracies(line) for line in done], fmean),
+        accuracy=_over_seeds([accuracies(line) for line in done]),
     )
 
 
@@ -193,10 +233,34 @@ def _means(tables: Sequence[Mapping[str, Any]], mean: Any) -> dict[str, float]:
     return {name: mean([table[name] for table in tables]) for name in names}
 
 
-def accuracies(line: Mapping[str, Any]) -> dict[str, float]:
+def _over_seeds(scores: Sequence[Mapping[str, Accuracy]]) -> dict[str, Accuracy]:
+    """What every seed has."""
+    return {
+        name: Accuracy(
+            fmean(score[name].value for score in scores),
+            min(score[name].low for score in scores),
+            max(score[name].high for score in scores),
+        )
+        for name in scores[0]
+        if all(name in score for score in scores)
+    }
+
+
+def accuracies(line: Mapping[str, Any]) -> dict[str, Accuracy]:
     """What a model scored, by file of questions."""
     found = _record.section(line, "accuracy")
-    return {name: _record.section(found, name)["acc"] for name in found}
+    ends = ("acc", "acc_low", "acc_high")
+    return {
+        str(name): Accuracy(
+            *(_record.as_number(_record.section(found, name).get(end), end) for end in ends)
+        )
+        for name in found
+    }
+
+
+def questions(found: Sequence[Entry]) -> list[str]:
+    """Files of questions that some method was asked."""
+    return list(dict.fromkeys(name for entry in found for name in entry.accuracy or {}))
 
 
 def ranked(found: Sequence[Entry], budget: float, trained: bool) -> list[Entry]:
@@ -218,17 +282,23 @@ def verdicts(comparison: Comparison) -> list[str]:
     """One sentence for every budget, without training and with it."""
     found = entries(comparison)
     return [
-        verdict(found, budget, trained, comparison.protocol)
-        for trained in _record.items(comparison.protocol, "trained")
-        for budget in _record.numbers(comparison.protocol, "budgets")
+        sentence
+        for trained in states(found)
+        for sentence in verdicts_of(found, trained, comparison.protocol)
     ]
+
+
+def verdicts_of(found: Sequence[Entry], trained: bool, protocol: Mapping[str, Any]) -> list[str]:
+    """One sentence for every budget that a method was asked to meet."""
+    methods = [e for e in found if e.trained == trained and e.kind != BOUND]
+    return [verdict(found, budget, trained, protocol) for budget in columns(methods, protocol)]
 
 
 def verdict(
     found: Sequence[Entry], budget: float, trained: bool, protocol: Mapping[str, Any]
 ) -> str:
     """Name the best method at a budget, or say that none can be told to be it."""
-    where = f"At {budget:g} active {_training(trained, protocol)}"
+    where = f"At {budget:g} active {training_text(trained, protocol)}"
     order = ranked(found, budget, trained)
     if not order:
         return f"{where} no method was measured within {TOLERANCE:g} of the budget."
@@ -259,7 +329,8 @@ def _ratio(entry: Entry) -> Ratio:
     return entry.ratio
 
 
-def _training(trained: bool, protocol: Mapping[str, Any]) -> str:
+def training_text(trained: bool, protocol: Mapping[str, Any]) -> str:
+    """Say how a method was trained, for a sentence."""
     if not trained:
         return "without training"
     tokens = _record.number(_record.section(protocol, "train"), "tokens")
@@ -285,66 +356,15 @@ def pareto(found: Sequence[Entry], trained: bool) -> list[Entry]:
     return front
 
 
-def cell_text(entry: Entry) -> str:
-    """Write an entry as one cell of a table."""
+def cell_text(entry: Entry | None) -> str:
+    """Write an entry as one cell of a table; what nobody asked for is empty."""
+    if entry is None:
+        return ""
     if entry.ratio is None:
         return {"refused": "refused", "error": "failed"}.get(entry.status, "-")
     if entry.on_budget or entry.active is None:
         return entry.ratio.text()
     return f"{entry.ratio.text()} at {significant(entry.active)}, not ranked"
-
-
-def comparison_markdown(comparison: Comparison) -> str:
-    """Write a comparison for a document: its sentences, a table each without and with training.
-
-    The best ratio of a budget is bold, with those whose interval overlaps with it.
-
-    Raises:
-        InputError: If a line holds a wrong kind of value.
-    """
-    found = entries(comparison)
-    protocol = comparison.protocol
-    budgets = _record.numbers(protocol, "budgets")
-    parts = []
-    for trained in _record.items(protocol, "trained"):
-        of_state = [entry for entry in found if entry.trained == trained]
-        heading = _training(trained, protocol)
-        sentences = [verdict(found, budget, trained, protocol) for budget in budgets]
-        parts.append(f"### {heading[0].upper()}{heading[1:]}")
-        parts.append("\n".join(f"- {sentence}" for sentence in sentences))
-        methods = [entry for entry in of_state if entry.kind != BOUND]
-        parts.append(_table(methods, budgets, "method", found))
-        if bounds := [entry for entry in of_state if entry.kind == BOUND]:
-            parts.append("Bounds, which choose by what no method can know before it computes:")
-            parts.append(_table(bounds, budgets, "bound", found))
-    parts.append(
-        "Perplexity over the dense parent's: the geometric mean over domains and seeds, and in "
-        "parentheses the 95% interval over documents, the widest that the seeds give."
-    )
-    reasons = dict.fromkeys(
-        f"- {entry.method} at {entry.budget:g}: {entry.reason}" for entry in found if entry.reason
-    )
-    if reasons:
-        parts.append("Not measured:")
-        parts.append("\n".join(reasons))
-    return "\n\n".join(parts) + "\n"
-
-
-def _table(
-    shown: Sequence[Entry], budgets: Sequence[float], title: str, found: Sequence[Entry]
-) -> str:
-    best = {id(e) for budget in budgets for e in leaders(found, budget, shown[0].trained)}
-    rows = [[title, *(f"{budget:g} active" for budget in budgets)], ["---"] * (len(budgets) + 1)]
-    for name in dict.fromkeys(entry.method for entry in shown):
-        own = [entry for entry in shown if entry.method == name]
-        label = f"{name} (static)" if any(entry.static for entry in own) else name
-        rows.append(
-            [
-                label,
-                *(f"**{cell_text(e)}**" if id(e) in best else cell_text(e) for e in own),
-            ]
-        )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def leaders(found: Sequence[Entry], budget: float, trained: bool) -> list[Entry]:

@@ -14,10 +14,13 @@ from moesaic.analysis.comparison import (
     Entry,
     accuracies,
     cell_text,
+    columns,
     entries,
     leaders,
     pareto,
-    verdict,
+    questions,
+    states,
+    verdicts_of,
 )
 
 # Neutral, so no method has it.
@@ -34,21 +37,17 @@ def render_comparison(comparison: Comparison) -> str:
     """
     found = entries(comparison)
     protocol = comparison.protocol
-    budgets = _record.numbers(protocol, "budgets")
     page = (
         environment()
         .get_template("comparison.html.j2")
         .render(
             model=_record.text(protocol, "model"),
-            budgets=budgets,
-            states=[
-                _state(found, trained, protocol) for trained in _record.items(protocol, "trained")
-            ],
+            states=[_state(found, trained, protocol) for trained in states(found)],
             missing=[entry for entry in found if entry.reason],
             costs=[entry for entry in found if entry.ratio is not None],
             domains=_domains(found),
             dense=_dense(comparison.dense),
-            tasks=_tasks(found),
+            tasks=questions(found),
             protocol=_history.raw_json(protocol),
             machines=_machines(comparison),
             versions=_versions(comparison),
@@ -75,36 +74,35 @@ def _versions(comparison: Comparison) -> list[tuple[str, str]]:
 
 def _state(found: Sequence[Entry], trained: bool, protocol: Mapping[str, Any]) -> dict[str, Any]:
     """What is shown of the methods without training, or with it."""
-    budgets = _record.numbers(protocol, "budgets")
     of_state = [entry for entry in found if entry.trained == trained]
-    best = [entry for budget in budgets for entry in leaders(found, budget, trained)]
+    methods = [entry for entry in of_state if entry.kind != BOUND]
+    bounds = [entry for entry in of_state if entry.kind == BOUND]
     return {
         "title": "After training" if trained else "Without training",
         "id": "trained" if trained else "free",
-        "verdicts": [verdict(found, budget, trained, protocol) for budget in budgets],
-        "methods": _rows([e for e in of_state if e.kind != BOUND], best),
-        "bounds": _rows([e for e in of_state if e.kind == BOUND], best),
+        "verdicts": verdicts_of(found, trained, protocol),
+        "methods": _table(methods, protocol, found),
+        "bounds": _table(bounds, protocol, found),
         "chart": pareto_chart(found, trained),
     }
 
 
-def _rows(shown: Sequence[Entry], best: Sequence[Entry]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": name,
-            "static": any(e.static for e in shown if e.method == name),
-            "cells": [
-                {
-                    "entry": e,
-                    "text": cell_text(e),
-                    "best": any(e is one for one in best),
-                }
-                for e in shown
-                if e.method == name
-            ],
-        }
-        for name in dict.fromkeys(entry.method for entry in shown)
-    ]
+def _table(
+    shown: Sequence[Entry], protocol: Mapping[str, Any], found: Sequence[Entry]
+) -> dict[str, Any]:
+    """Lay out entries of one state, one row for each method."""
+    budgets = columns(shown, protocol)
+    best = {id(e) for budget in budgets for e in leaders(found, budget, shown[0].trained)}
+    rows = []
+    for name in dict.fromkeys(entry.method for entry in shown):
+        own = {entry.budget: entry for entry in shown if entry.method == name}
+        cells = [
+            {"entry": entry, "text": cell_text(entry), "best": id(entry) in best}
+            for entry in map(own.get, budgets)
+        ]
+        static = any(entry.static for entry in own.values())
+        rows.append({"name": name, "static": static, "cells": cells})
+    return {"budgets": budgets, "rows": rows}
 
 
 def pareto_chart(found: Sequence[Entry], trained: bool) -> _charts.Chart | None:
@@ -158,10 +156,6 @@ def _points(name: str, own: Sequence[Entry], *, style: int) -> _charts.Points:
 
 def _domains(found: Sequence[Entry]) -> list[str]:
     return list(dict.fromkeys(name for entry in found for name in entry.domains or {}))
-
-
-def _tasks(found: Sequence[Entry]) -> list[str]:
-    return list(dict.fromkeys(name for entry in found for name in entry.accuracy or {}))
 
 
 def _dense(record: Mapping[str, Any] | None) -> dict[str, Any] | None:

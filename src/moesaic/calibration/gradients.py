@@ -13,9 +13,10 @@ Shapes: N blocks, S tokens of a block, F neurons of a layer, D channels, C domai
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 from moesaic._errors import InputError, RunError
 from moesaic._progress import Progress
 from moesaic.calibration.stats import Measured
+from moesaic.calibration.unfinished import keep, restore
 from moesaic.data.blocks import TokenBlocks
 from moesaic.models.architectures import Architecture, architecture_of
 from moesaic.models.channels import NARROWABLE, channel_axes
@@ -39,7 +41,8 @@ class Gradients:
     """Importance of neurons and channels from gradients, on the first 10 blocks.
 
     Holds the summed gradient in float32, 4 bytes for every weight of the model (of its networks
-    alone where channels cannot be removed), and what a backward pass over one block does.
+    alone where channels cannot be removed), and what a backward pass over one block does. With a
+    store the sums are on disk after every block.
     """
 
     num_blocks = 10
@@ -54,7 +57,9 @@ class Gradients:
                 "dense parent"
             )
 
-    def measure(self, text: TokenBlocks, seed: int, progress: Progress) -> Measured:
+    def measure(
+        self, text: TokenBlocks, seed: int, progress: Progress, store: Path | None = None
+    ) -> Measured:
         """Of each layer: `weight_importance_F`, `weight_second_F` and `activation_importance_CF`.
 
         Of the model: `tokens_C`, how many tokens of each domain were read; the importance in a
@@ -70,19 +75,28 @@ class Gradients:
             for layer in self.layers
         ]
         weights = _WeightSums(_shares(self.model, self.layers, self.row))
+        done, kept = restore(store)
+        if kept:
+            tokens_C = kept.pop("tokens_C")
+            sums = [kept.pop(f"activation.{index}") for index in range(len(sums))]
+            weights.take_up(kept)
         with (
             _only_these_train(self.model, weights.shares),
             weights.watching(),
             _neuron_values(self.layers, self.row) as values,
             torch.enable_grad(),
-            progress.stage("gradients", ids_NS.numel(), "tokens") as stage,
+            progress.stage("gradients", ids_NS[done:].numel(), "tokens") as stage,
         ):
-            for ids_S, domain in zip(ids_NS, domain_N, strict=True):
+            for block in range(done, len(ids_NS)):
+                ids_S, domain = ids_NS[block], domain_N[block]
                 logits_SV = self.model(input_ids=ids_S[None], use_cache=False).logits[0].float()
                 nnf.cross_entropy(logits_SV[:-1], ids_S[1:]).backward()
                 for index, sum_CF in enumerate(sums):
                     sum_CF[domain] += _activation_importance(values.pop(index, None), index).cpu()
                 tokens_C[domain] += ids_S.numel()
+                activations = {f"activation.{index}": sum_CF for index, sum_CF in enumerate(sums)}
+                so_far = {"tokens_C": tokens_C, **activations, **weights.so_far()}
+                keep(store, block + 1, so_far)
                 stage.advance(ids_S.numel())
         first, second = weights.result(len(ids_NS))
         whole = {"tokens_C": tokens_C}
@@ -174,6 +188,21 @@ class _WeightSums:
             part = share.sums(values)
             groups[share.kind] = groups[share.kind] + part if share.kind in groups else part
 
+    def so_far(self) -> dict[str, Tensor]:
+        """What the blocks until now gave, for `take_up`."""
+        totals = {f"total.{place}": total for place, total in enumerate(self.totals.values())}
+        return totals | {f"second.{kind}": value for kind, value in self.second.items()}
+
+    def take_up(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `so_far` gave of the same model."""
+        device = next(iter(self.shares)).device
+        for place, total in enumerate(self.totals.values()):
+            total.copy_(tensors[f"total.{place}"])
+        for name, value in tensors.items():
+            which, _, kind = name.partition(".")
+            if which == "second":
+                self.second[kind] = value.to(device)
+
     def result(self, num_blocks: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Importance of the groups of each kind, of first and of second order."""
         first: dict[str, Tensor] = {}
@@ -204,7 +233,7 @@ def _neuron_values(layers: list[nn.Module], row: Architecture) -> Iterator[dict[
     """Keep what enters every down product, with its gradient, by the number of the layer."""
     values: dict[int, Tensor] = {}
 
-    def keep(index: int) -> Any:
+    def watch(index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             args[0].retain_grad()
             values[index] = args[0]
@@ -212,7 +241,7 @@ def _neuron_values(layers: list[nn.Module], row: Architecture) -> Iterator[dict[
         return hook
 
     handles = [
-        attrgetter(row.down)(layer).register_forward_pre_hook(keep(index))
+        attrgetter(row.down)(layer).register_forward_pre_hook(watch(index))
         for index, layer in enumerate(layers)
     ]
     try:

@@ -8,6 +8,7 @@ Shapes: N blocks of S tokens, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -23,8 +24,17 @@ from moesaic.data.blocks import TokenBlocks
 class Pass(Protocol):
     """Gathers one kind of statistics of a model."""
 
-    def measure(self, text: TokenBlocks, seed: int, progress: Progress) -> Measured:
-        """Read the text that the calibration drew, or some of it."""
+    def measure(
+        self, text: TokenBlocks, seed: int, progress: Progress, store: Path | None = None
+    ) -> Measured:
+        """Read the text that the calibration drew, or some of it.
+
+        Args:
+            text: What was drawn.
+            seed: Of what is drawn here.
+            progress: Told of every token.
+            store: File for what an unfinished pass has so far; run again, it goes on from there.
+        """
         ...
 
 
@@ -39,10 +49,12 @@ class Sensitivity:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
-    def measure(self, text: TokenBlocks, seed: int, progress: Progress) -> Measured:
+    def measure(
+        self, text: TokenBlocks, seed: int, progress: Progress, store: Path | None = None
+    ) -> Measured:
         """`mean_L`."""
         ids_NS = torch.from_numpy(text.ids_NS[: self.num_blocks]).long()
-        values_L = layer_sensitivity(self.model, ids_NS, seed=seed, progress=progress)
+        values_L = layer_sensitivity(self.model, ids_NS, seed=seed, store=store, progress=progress)
         return Measured({"mean_L": torch.tensor(values_L, dtype=torch.float64)})
 
 
@@ -56,7 +68,9 @@ class Tokens:
     def __init__(self, model: PreTrainedModel) -> None:
         pass
 
-    def measure(self, text: TokenBlocks, seed: int, progress: Progress) -> Measured:
+    def measure(
+        self, text: TokenBlocks, seed: int, progress: Progress, store: Path | None = None
+    ) -> Measured:
         """`ids_NS`."""
         return Measured({"ids_NS": torch.from_numpy(text.ids_NS)})
 

@@ -76,8 +76,9 @@ def calibrate(
 ) -> CalibrationStats:
     """Measure a model's feed-forward networks on text.
 
-    Run again after an interruption, it goes on with the first layer that is not on disk; run again
-    after the end, it opens what is there.
+    Run again after an interruption, it goes on with the first layer that is not on disk, and where
+    it looks at the whole model with the first block; run again after the end, it opens what is
+    there.
 
     Args:
         model: Dense or converted, in evaluation mode.
@@ -131,8 +132,11 @@ def calibrate(
     if walked:
         _walk(model, sample, walked, config, directory, store, progress)
     for name, measurement in passes.items():
+        unfinished = directory / f"{name}.unfinished"
         if not pass_file(directory, name).is_file():
-            write_pass(directory, name, measurement.measure(sample, config.seed, progress))
+            measured = measurement.measure(sample, config.seed, progress, unfinished)
+            write_pass(directory, name, measured)
+        unfinished.unlink(missing_ok=True)
     write_json(
         directory / MANIFEST,
         {
@@ -238,4 +242,8 @@ def _bytes_needed(model: PreTrainedModel, sample: TokenBlocks, collectors: tuple
         "neurons": 4 * width * (width + 4),
     }
     layers = sum(per_layer.get(name, 0) for name in collectors) * model.config.num_hidden_layers
-    return int(layers + 4 * num_tokens * dim)
+    unfinished = 4 * num_tokens * dim
+    if "gradients" in collectors:
+        # The sums until now, and those that replace them.
+        unfinished = max(unfinished, 8 * sum(p.numel() for p in model.parameters()))
+    return int(layers + unfinished)

@@ -12,6 +12,7 @@ Shapes: N blocks, S tokens, D model width, V vocabulary, L layers.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +21,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesaic._progress import SILENT, Progress
+from moesaic.calibration.unfinished import keep, restore
 from moesaic.models.architectures import architecture_of
 from moesaic.models.ffn import decoder_layers, ffn_output
 
 
 def layer_sensitivity(
-    model: PreTrainedModel, ids_NS: Tensor, *, seed: int = 0, progress: Progress = SILENT
+    model: PreTrainedModel,
+    ids_NS: Tensor,
+    *,
+    seed: int = 0,
+    store: Path | None = None,
+    progress: Progress = SILENT,
 ) -> list[float]:
     """Measure the sensitivity of every layer.
 
@@ -33,6 +40,8 @@ def layer_sensitivity(
         model: Dense or converted, in evaluation mode; its parameters get no gradient.
         ids_NS: Text, [N, S]; a few blocks are enough.
         seed: Of the tokens drawn from the model.
+        store: File for the sums, to go on after an interruption with the block it was in. A file
+            of another text or model must not be given; its owner knows.
         progress: Told of every token.
 
     Returns:
@@ -42,7 +51,7 @@ def layer_sensitivity(
     layers = decoder_layers(model)
     outputs: dict[int, Tensor] = {}
 
-    def keep(index: int) -> Any:
+    def watch(index: int) -> Any:
         def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
             # The first layer's output depends on nothing that trains.
             out = out if out.requires_grad else out.detach().requires_grad_()
@@ -54,15 +63,21 @@ def layer_sensitivity(
 
     trained = [p for p in model.parameters() if p.requires_grad]
     handles = [
-        ffn_output(layer, row).register_forward_hook(keep(index))
+        ffn_output(layer, row).register_forward_hook(watch(index))
         for index, layer in enumerate(layers)
     ]
     generator = torch.Generator().manual_seed(seed)
     sums_L = torch.zeros(len(layers), dtype=torch.float64)
+    first, kept = restore(store)
+    if kept:
+        sums_L.copy_(kept["sums_L"])
+        generator.set_state(kept["generator"])
+    num_left = ids_NS[first:].numel()
     try:
         model.requires_grad_(False)
-        with torch.enable_grad(), progress.stage("sensitivity", ids_NS.numel(), "tokens") as stage:
-            for ids_1S in ids_NS.split(1):
+        with torch.enable_grad(), progress.stage("sensitivity", num_left, "tokens") as stage:
+            for block in range(first, len(ids_NS)):
+                ids_1S = ids_NS[block : block + 1]
                 logits_SV = model(input_ids=ids_1S, use_cache=False).logits[0].float()
                 probs_SV = logits_SV.detach().softmax(-1)
                 drawn_S = torch.multinomial(probs_SV.cpu(), 1, generator=generator).squeeze(1)
@@ -74,6 +89,7 @@ def layer_sensitivity(
                     energy_T = y_TD.float().square().sum(1) * g_TD.float().square().sum(1)
                     sums_L[index] += energy_T.sum().item() / y_TD.shape[1]
                 outputs.clear()
+                keep(store, block + 1, {"sums_L": sums_L, "generator": generator.get_state()})
                 stage.advance(ids_1S.numel())
     finally:
         for handle in handles:

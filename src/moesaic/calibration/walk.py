@@ -21,14 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moesaic._errors import CheckpointError, RunError
-from moesaic._files import atomic_write
+from moesaic._errors import RunError
 from moesaic._progress import SILENT, Progress, Stage
+from moesaic.calibration.unfinished import keep, restore
 from moesaic.models.architectures import architecture_of
 from moesaic.models.ffn import decoder_layers, ffn_module
 
@@ -118,7 +116,8 @@ def walk_layers(
     row = architecture_of(model.config.model_type)
     layers = decoder_layers(model)
     arguments = _layer_arguments(model, layers, ids_NS[:1])
-    first, hidden_NSD = _restore(store)
+    first, kept = restore(store)
+    hidden_NSD = kept.get("hidden")
     if hidden_NSD is None:
         hidden_NSD = torch.cat(
             [_embed(model, layers[0], ids) for ids in ids_NS.split(batch_blocks)]
@@ -136,7 +135,7 @@ def walk_layers(
             yield LayerVisit(index, layer, inputs.take(index))
             if sequential:
                 _run(layer, pieces, arguments[index], stage)
-            _keep(store, index + 1, hidden_NSD)
+            keep(store, index + 1, {"hidden": hidden_NSD})
 
 
 def _run(
@@ -215,22 +214,3 @@ def _embed(model: PreTrainedModel, first_layer: nn.Module, ids_NS: Tensor) -> Te
     finally:
         handle.remove()
     return seen[0]
-
-
-def _restore(store: Path | None) -> tuple[int, Tensor | None]:
-    if store is None or not store.exists():
-        return 0, None
-    try:
-        with safe_open(store, framework="pt") as file:
-            return int(file.metadata()["layers"]), file.get_tensor("hidden")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{store} cannot be read ({error}); delete {store.parent} and run it again"
-        ) from error
-
-
-def _keep(store: Path | None, num_done: int, hidden_NSD: Tensor) -> None:
-    if store is None:
-        return
-    with atomic_write(store) as temporary:
-        save_file({"hidden": hidden_NSD}, temporary, metadata={"layers": str(num_done)})

@@ -13,6 +13,7 @@ from moesaic._files import write_json
 from moesaic.analysis import write_report
 from moesaic.cli._common import parse, quiet_libraries, show, show_table
 from moesaic.cli._progress import TerminalProgress
+from moesaic.compression._table import baseline_kind
 from moesaic.data import DataConfig, prepare
 from moesaic.evaluation import EvaluationConfig, Subject, check_tasks, evaluate, evaluate_tasks
 from moesaic.models.checkpoint import load, load_dense, load_tokenizer, verify_files
@@ -56,7 +57,8 @@ def run(argv: Sequence[str]) -> int:
     subjects = {"dense": Subject(load_dense(options.dense), "dense", options.dense)}
     for path, manifest in manifests.items():
         step = manifest["steps"][0]["step"] if manifest["steps"] else ""
-        kind = "static-pruning" if step.startswith("compress") else step.rpartition(" ")[2]
+        method = step.rpartition(" ")[2]
+        kind = baseline_kind(method) if step.startswith("compress") else method
         subjects[path.name] = Subject(load(path, verify=False), kind or "unknown", str(path))
     manifest = next(reversed(manifests.values()), {})
     with TerminalProgress() as progress:

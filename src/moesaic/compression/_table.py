@@ -1,4 +1,7 @@
-"""The compressions of a model, by name."""
+"""The compressions of a model, by name.
+
+Abilities: `static`, the same weights serve every token; `any-architecture`, none is refused.
+"""
 
 from __future__ import annotations
 
@@ -58,3 +61,14 @@ COMPRESSIONS = MethodTable(
     ],
 )
 """Making a model smaller for every token alike."""
+
+
+def baseline_kind(name: str) -> str:
+    """What an evaluation record calls a model that a compression made, by the method's name.
+
+    `activation-sparsity` where tokens use different weights, else `static-pruning`; of a method
+    that is not registered here nothing is known, and it counts as pruning.
+    """
+    if name in COMPRESSIONS and "static" not in COMPRESSIONS[name].abilities:
+        return "activation-sparsity"
+    return "static-pruning"

@@ -5,7 +5,7 @@ input, each token counting as in the fit of the routers; of the full map those d
 output are kept that explain most (reduced-rank regression, Izenman 1975). Without the inputs it
 would be their mean.
 
-Shapes: B tokens, E experts, D model width, R rank.
+Shapes: B tokens, D model width, R rank.
 """
 
 from __future__ import annotations
@@ -13,35 +13,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moesaic.conversion.gram_router import BlockErrors
 from moesaic.nn.bypass import Bypass
 
-_BATCH = 2048
 # Of the mean square of the whitened inputs.
 _RIDGE = 1e-3
 
 
 @torch.no_grad()
-def fit_bypass(bypass: Bypass, errors: BlockErrors, h_BD: Tensor, weights_BE: Tensor) -> None:
-    """Write the map that leaves least of what the weights leave out.
+def fit_bypass(bypass: Bypass, h_BD: Tensor, missing_BD: Tensor, scale_B1: Tensor) -> None:
+    """Write the map that comes nearest to what is missing.
 
     Args:
         bypass: Its weights are written.
-        errors: What the blocks of the layer add; its first B tokens are used.
         h_BD: Inputs of the layer, [B, D].
-        weights_BE: Weight of every block, [B, E].
+        missing_BD: What is to be added to its output, [B, D].
+        scale_B1: What the squared error of each token counts, [B, 1].
     """
-    tokens_B = torch.arange(len(h_BD))
-    missing_BD = torch.cat(
-        [
-            errors.missing(tokens, weights)
-            for tokens, weights in zip(
-                tokens_B.split(_BATCH), weights_BE.split(_BATCH), strict=True
-            )
-        ]
-    )
-    count_B1 = errors.scale_T1[: len(h_BD)]
-    count_B1 = count_B1 / count_B1.sum()
+    count_B1 = scale_B1 / scale_B1.sum()
     mean_D, mean_missing_D = (count_B1 * h_BD).sum(0), (count_B1 * missing_BD).sum(0)
     x_BD = (h_BD - mean_D) * count_B1.sqrt()
     y_BD = (missing_BD - mean_missing_D) * count_B1.sqrt()

@@ -235,9 +235,9 @@ def _settle_layer(moe: MoELayer, h_TD: Tensor, share: float, config: DSMoE) -> f
     weights_TE = moe.router(sample.h_TD).weights_TE()
     added_TD = None
     if moe.bypass is not None:
-        fit_bypass(
-            moe.bypass, errors, sample.h_TD[: sample.num_train], weights_TE[: sample.num_train]
-        )
+        train = torch.arange(sample.num_train)
+        missing_BD = errors.missing(train, weights_TE[train])
+        fit_bypass(moe.bypass, sample.h_TD[train], missing_BD, errors.scale_T1[train])
         added_TD = moe.bypass(sample.h_TD)[sample.held_B]
     return errors.error(sample.held_B, weights_TE[sample.held_B], added_TD)
 

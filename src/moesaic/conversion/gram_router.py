@@ -145,7 +145,8 @@ class BlockErrors:
             tokens_B: Which tokens, [B] int64.
             weights_BE: Weight of every block, [B, E].
         """
-        return self._missing(self._a_TEF[tokens_B], weights_BE)
+        parts = zip(tokens_B.split(_BATCH), weights_BE.split(_BATCH), strict=True)
+        return torch.cat([self._missing(self._a_TEF[tokens], part) for tokens, part in parts])
 
     def _missing(self, a_BEF: Tensor, weights_BE: Tensor) -> Tensor:
         gap_BE = 1 - weights_BE
@@ -161,14 +162,10 @@ class BlockErrors:
             weights_BE: Weight of every block, [B, E].
             added_BD: What is added to the blocks that are on, [B, D], or none.
         """
-        total = 0.0
-        for rows in torch.arange(len(tokens_B)).split(_BATCH):
-            tokens = tokens_B[rows]
-            r_BD = self.missing(tokens, weights_BE[rows])
-            if added_BD is not None:
-                r_BD -= added_BD[rows]
-            total += float((r_BD.square().sum(1) * self.scale_T1[tokens, 0]).sum())
-        return total / len(tokens_B)
+        r_BD = self.missing(tokens_B, weights_BE)
+        if added_BD is not None:
+            r_BD -= added_BD
+        return float((r_BD.square().sum(1) * self.scale_T1[tokens_B, 0]).mean())
 
     @torch.no_grad()
     def savings(self, tokens_B: Tensor, on_BE: Tensor) -> Tensor:

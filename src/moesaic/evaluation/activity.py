@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moesaic.nn.experts._base import Experts
-from moesaic.nn.layer import moe_layers
+from moesaic.nn.experts._base import Experts, constant_share
+from moesaic.nn.layer import MoELayer, moe_layers
 from moesaic.nn.routing import Routing
 from moesaic.nn.shape import LayerShape, layer_shapes
 
@@ -44,21 +44,43 @@ class LayerUse:
     shared_T: Tensor | None = None
 
 
+def fixed_shares(model: nn.Module) -> list[float | None]:
+    """Share of the always-on part's weights that every token uses, of every MoE layer.
+
+    Reads all of these weights, to count what is zero. None where it depends on the token, or where
+    there is no such part.
+    """
+    return [
+        None if layer.shared is None else layer.shared.used_share() for layer in moe_layers(model)
+    ]
+
+
 @contextmanager
-def record_use(model: nn.Module) -> Iterator[list[LayerUse]]:
+def record_use(
+    model: nn.Module, shares: Sequence[float | None] | None = None
+) -> Iterator[list[LayerUse]]:
     """Collect what one forward uses of every MoE layer, first to last, while the block lasts.
 
-    An always-on part is asked with its own input; where that depends on the token, it computes its
+    An always-on part whose use depends on the token is asked with its own input, and computes its
     neurons a second time.
+
+    Args:
+        model: Dense or converted.
+        shares: Its `fixed_shares`, for those who read more than once; counted here if none.
+
+    Yields:
+        What is filled in by the forward.
     """
     layers = moe_layers(model)
     uses = [LayerUse() for _ in layers]
     handles = []
-    for layer, use in zip(layers, uses, strict=True):
+    if shares is None:
+        shares = fixed_shares(model)
+    for layer, use, share in zip(layers, uses, shares, strict=True):
         if layer.router is not None:
             handles.append(layer.router.register_forward_hook(partial(_keep_routing, use)))
         if layer.shared is not None:
-            handles.append(layer.shared.register_forward_hook(partial(_keep_share, use)))
+            handles.append(layer.shared.register_forward_hook(partial(_keep_share, use, share)))
     try:
         yield uses
     finally:
@@ -70,8 +92,10 @@ def _keep_routing(use: LayerUse, module: nn.Module, args: object, routing: Routi
     use.routing = routing
 
 
-def _keep_share(use: LayerUse, module: Experts, args: tuple[Tensor, ...], out: Tensor) -> None:
-    use.shared_T = module.used_T(args[0])
+def _keep_share(
+    use: LayerUse, share: float | None, module: Experts, args: tuple[Tensor, ...], out: Tensor
+) -> None:
+    use.shared_T = module.used_T(args[0]) if share is None else constant_share(args[0], share)
 
 
 def token_fractions(model: nn.Module, uses: Sequence[LayerUse], dense_width: int) -> Tensor:
@@ -148,6 +172,8 @@ class Activation:
 class ActivityMeter:
     """Measures use batch by batch, so that text is read once for quality and activity.
 
+    The weights must stay as they are while it is used.
+
     Args:
         model: Dense or converted; a dense one has nothing to measure.
         dense_width: Neurons of the dense parent's network.
@@ -156,6 +182,8 @@ class ActivityMeter:
     def __init__(self, model: nn.Module, dense_width: int) -> None:
         self._model = model
         self._shapes = tuple(layer_shapes(model, dense_width))
+        # Once and not with every batch: it reads the weights.
+        self._fixed = fixed_shares(model)
         self._tokens: dict[str, int] = {}
         self._counts: dict[str, list[NDArray[np.int64]]] = {}
         self._shared: dict[str, list[float]] = {}
@@ -163,7 +191,7 @@ class ActivityMeter:
     @contextmanager
     def reading(self, domain: str, num_tokens: int) -> Iterator[None]:
         """Count the one forward of `num_tokens` tokens of a domain that the block makes."""
-        with record_use(self._model) as uses:
+        with record_use(self._model, self._fixed) as uses:
             yield
         if domain not in self._counts:
             self._tokens[domain] = 0

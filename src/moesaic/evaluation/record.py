@@ -31,6 +31,8 @@ from moesaic.evaluation.speed import SpeedConfig, check_speed, measure_speed
 from moesaic.nn.layer import moe_layers
 
 SCHEMA = 1
+# The kinds of the parent and the baselines, beside which the main model is read.
+NOT_MAIN = ("dense", "static-pruning", "activation-sparsity")
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,8 @@ class Subject(NamedTuple):
 
     Attributes:
         model: In memory.
-        kind: `dense` for the parent, `static-pruning` for a baseline, else what made it: `dsmoe`.
+        kind: `dense` for the parent, `static-pruning` or `activation-sparsity` for a baseline, else
+            what made it: `dsmoe`.
         path: Where it came from.
     """
 
@@ -110,7 +113,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure quality, cost and speed of models beside their dense parent.
 
-    The first model that is neither the parent nor a static baseline is the one whose curve,
+    The first model that is neither the parent nor a baseline is the one whose curve,
     activation and examples are recorded.
 
     Args:
@@ -186,7 +189,7 @@ def evaluate(
             entry["speed"] = asdict(speeds.models[entry["name"]])
             if entry["name"] in speeds.engine:
                 entry["engine_speed"] = asdict(speeds.engine[entry["name"]])
-    main = next((n for n, s in models.items() if s.kind not in ("dense", "static-pruning")), None)
+    main = next((n for n, s in models.items() if s.kind not in NOT_MAIN), None)
     if main is not None:
         model, activation = models[main].model, qualities[main].activation
         if config.thresholds and threshold_routers(model):

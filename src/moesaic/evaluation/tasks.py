@@ -55,6 +55,18 @@ class TaskAccuracy:
     metrics: Mapping[str, float]
     questions: int
 
+    def interval(self) -> tuple[float, float]:
+        """Ends of the 95% interval of `acc`, over questions.
+
+        Wilson's (Journal of the American Statistical Association 22, 1927): of use for few
+        questions and near 0 and 1 too, where the standard error is 0.
+        """
+        from scipy.stats import binomtest
+
+        right = round(self.metrics["acc"] * self.questions)
+        ends = binomtest(right, self.questions).proportion_ci(0.95, method="wilson")
+        return float(ends.low), float(ends.high)
+
 
 def evaluate_tasks(
     model: PreTrainedModel,

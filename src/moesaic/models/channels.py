@@ -25,19 +25,19 @@ from moesaic._errors import InputError
 NARROWABLE = ("llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
 
 
-def check_narrowable(model: PreTrainedModel, *, by: str) -> None:
+def check_narrowable(config: Any, *, by: str) -> None:
     """Refuse a model that is no ordinary model any more with fewer channels.
 
     Args:
-        model: A dense model of a known architecture.
+        config: Of a dense model of a known architecture.
         by: Who wants to remove channels.
 
     Raises:
         InputError: Naming the architectures that work.
     """
-    if model.config.model_type not in NARROWABLE:
+    if config.model_type not in NARROWABLE:
         raise InputError(
-            f"{by} cannot remove channels of {model.config.model_type}, whose config ties "
+            f"{by} cannot remove channels of {config.model_type}, whose config ties "
             f"heads or the scale of embeddings to the width; {', '.join(NARROWABLE)} work"
         )
 

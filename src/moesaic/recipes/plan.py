@@ -32,8 +32,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     check_weights(recipe.model)
     width = dense_ffn_width(config)
     for step in recipe.steps:
-        if step.kind == "convert" and hasattr(step.config, "experts"):
-            validate_num_experts(width, step.config.experts)
+        if step.kind in ("convert", "compress"):
+            check_model(step.config, config)
         if step.kind == "train":
             check_train(step.config, recipe.data.block)
     check_positions(_positions(recipe), getattr(config, "max_position_embeddings", None))
@@ -62,6 +62,25 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "disk_bytes": disk,
         "memory_bytes": parameters * size * (5 if trains else 3),
     }
+
+
+def check_model(settings: Any, config: Any) -> None:
+    """Refuse settings of a method that do not fit a model, as far as its config tells.
+
+    Settings with a method `check_model` are asked themselves.
+
+    Args:
+        settings: Of a registered method.
+        config: Of the dense parent.
+
+    Raises:
+        InputError: Naming the field, the value and the nearest that work.
+    """
+    experts = getattr(settings, "experts", None)
+    if experts is not None:
+        validate_num_experts(dense_ffn_width(config), experts)
+    if hasattr(settings, "check_model"):
+        settings.check_model(config)
 
 
 def check_train(config: TrainConfig, block: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from moesaic._config import build_config, to_plain
+from moesaic._config import build_config, method_config, to_plain
 from moesaic._errors import InputError, UnknownNameError
 from moesaic._registry import unknown_name
 from moesaic.calibration.run import CalibrationConfig
@@ -183,29 +183,12 @@ def _step(item: Any, index: int) -> Step:
     return method_step(kind, options)
 
 
-def method_step(kind: str, options: dict[str, Any]) -> Step:
+def method_step(kind: str, options: Mapping[str, Any]) -> Step:
     """Build a step of a registered method; `preset` gives defaults, other options override them."""
-    table = METHODS[kind]
     options = dict(options)
     method = options.pop("method", DEFAULT_METHODS[kind])
-    config_class = table.load_config(method)
-    presets: dict[str, Any] = getattr(config_class, "presets", dict)()
-    preset = options.pop("preset", "default" if "default" in presets else None)
-    if preset is not None:
-        if preset not in presets:
-            raise UnknownNameError(unknown_name(f"{method} preset", str(preset), presets))
-        base = to_plain(presets[preset])
-        # One setting of a router leaves its others as the method has them, not the router's own.
-        for name, value in options.items():
-            if isinstance(value, dict) and isinstance(base.get(name), dict):
-                value = {**base[name], **value}
-            base[name] = value
-        options = base
-    return Step(
-        kind=kind,
-        method=method,
-        config=build_config(config_class, options, where=f"{kind} {method}"),
-    )
+    config = method_config(METHODS[kind], method, options, where=f"{kind} {method}")
+    return Step(kind=kind, method=method, config=config)
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

@@ -20,6 +20,7 @@ from moesaic._files import read_json, write_json
 from moesaic._progress import SILENT, Progress
 from moesaic.analysis import write_report
 from moesaic.calibration import CalibrationStats, calibrate
+from moesaic.compression._table import baseline_kind
 from moesaic.data import DataSplit, prepare
 from moesaic.evaluation import Subject, evaluate
 from moesaic.models.checkpoint import (
@@ -151,7 +152,7 @@ class Run:
             kind, method = self.recipe.steps[earlier].kind, self.recipe.steps[earlier].method
             path = self.model_of(earlier)
             if kind == "compress":
-                subjects[method] = Subject(load(path), "static-pruning", str(path))
+                subjects[method] = Subject(load(path), baseline_kind(method), str(path))
             elif kind in ("convert", "train"):
                 final = earlier
                 if kind == "train":

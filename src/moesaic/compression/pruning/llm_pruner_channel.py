@@ -55,6 +55,15 @@ class LLMPrunerChannel:
         """Names of the calibration collectors that these settings need."""
         return ("gradients",)
 
+    def check_model(self, config: Any) -> None:
+        """Refuse a model by its config alone, so before any text is read.
+
+        Raises:
+            InputError: If its architecture cannot lose channels, or they leave no whole heads.
+        """
+        check_narrowable(config, by="llm-pruner-channel")
+        kept_channels(self.active, config.hidden_size, config.num_attention_heads)
+
 
 def prune_channels(
     model: PreTrainedModel,
@@ -81,8 +90,8 @@ def prune_channels(
         InputError: Before the model is touched, if its architecture cannot lose channels, or the
             settings do not fit it or the statistics.
     """
+    config.check_model(model.config)
     stats = check_measured(model, stats, config.collectors(), by="llm-pruner-channel")
-    check_narrowable(model, by="llm-pruner-channel")
     dim = model.config.hidden_size
     num_kept = kept_channels(config.active, dim, model.config.num_attention_heads)
     score_D = stats.whole()[_STATISTICS[config.order]]

@@ -99,8 +99,13 @@ class Experts(nn.Module, ABC):
         """
         share = self.used_share()
         assert share is not None, "experts without a fixed share override used_T"
-        return torch.full(h_TD.shape[:1], share, dtype=torch.float64, device=h_TD.device)
+        return constant_share(h_TD, share)
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""
         return f"experts={self.num_experts}, width={self.width}, backend={self.backend}"
+
+
+def constant_share(h_TD: Tensor, share: float) -> Tensor:
+    """A share of weights that every token uses, [T] float64."""
+    return torch.full(h_TD.shape[:1], share, dtype=torch.float64, device=h_TD.device)

@@ -47,9 +47,10 @@ def all_cells(protocol: Protocol) -> list[Cell]:
     """
     return [
         Cell(method=method.name, active=active, seed=seed, trained=trained)
-        for trained in sorted(protocol.trained)
+        for trained in (False, True)
         for method in protocol.methods.values()
-        for active in protocol.budgets
+        if trained in protocol.trained_of(method)
+        for active in protocol.budgets_of(method)
         for seed in (protocol.seeds if trained or method.seeded else protocol.seeds[:1])
     ]
 

@@ -23,9 +23,8 @@ from moesaic.evaluation.record import quality_section
 from moesaic.nn.layer import moe_layers
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 from moesaic.recipes.comparison.cells import Cell
-from moesaic.recipes.comparison.protocol import Protocol
+from moesaic.recipes.comparison.protocol import KINDS, Protocol
 from moesaic.recipes.comparison.shared import Shared
-from moesaic.recipes.recipe import METHODS
 from moesaic.training.run import clean, train
 
 
@@ -78,6 +77,7 @@ def measure(shared: Shared, cell: Cell, work: Path, progress: Progress) -> dict[
         with _timed(seconds, "training"):
             model, trained = _train(shared, model, cell, work / "training", progress)
     protocol, heldout = shared.protocol, shared.split.heldout
+    method = protocol.methods[cell.method]
     with _timed(seconds, "evaluation"):
         quality = evaluate_perplexity(
             model,
@@ -91,9 +91,9 @@ def measure(shared: Shared, cell: Cell, work: Path, progress: Progress) -> dict[
         **cell.plain(),
         "status": "done",
         **settings,
-        "static": protocol.methods[cell.method].static,
+        "static": method.static,
         "quality": quality_section(quality, shared.dense_losses(), protocol.heldout.quality),
-        "cost": shared.cost(model, quality),
+        "cost": shared.cost(model, quality, results["active"] if method.tells_active else None),
         "accuracy": shared.ask(model),
         "trained_tokens": trained["tokens"],
         "trained_budget": trained["budget"],
@@ -136,7 +136,7 @@ def _make(
     """Apply the method to the dense parent."""
     method = shared.protocol.methods[cell.method]
     config = method.config(cell.active, cell.seed)
-    apply = METHODS[method.kind].load(method.method)
+    apply = KINDS[method.kind].load(method.method)
     stats = shared.stats(config.collectors())
     try:
         made: tuple[PreTrainedModel, dict[str, Any]] = apply(

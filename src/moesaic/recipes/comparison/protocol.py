@@ -15,15 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic._config import build_config, to_plain
+from moesaic._config import build_config, method_config, to_plain
 from moesaic._errors import InputError, UnknownNameError
+from moesaic._registry import MethodInfo
 from moesaic.calibration.run import CalibrationConfig
 from moesaic.data import DataConfig
 from moesaic.evaluation import QuestionsConfig
+from moesaic.evaluation.bounds._table import BOUNDS
 from moesaic.evaluation.perplexity import QualityConfig
-from moesaic.recipes.recipe import METHODS, method_step, read_values
+from moesaic.recipes.recipe import METHODS, read_values
 from moesaic.training.config import TrainConfig
 
+# What a comparison shows: methods, and the bounds beside them, which are none.
+KINDS = {**METHODS, "bound": BOUNDS}
 # What a method may have of its own in training: how its routers follow, and memory.
 _OWN_TRAINING = ("accumulate", "budget_rate", "router_learning_rate")
 # What the protocol decides.
@@ -78,6 +82,8 @@ class _Item:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
+    budgets: tuple[float, ...] = ()
+    trained: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,10 +92,13 @@ class Method:
 
     Attributes:
         name: Here; a method may stand several times with other settings.
-        kind: `convert` or `compress`.
+        kind: `convert`, `compress` or `bound`.
         method: Registered name.
         options: Settings that differ from its own, without the budget and the seed.
         train: Settings of the training that are its own.
+        budgets: Budgets of its own, instead of the protocol's; none for the protocol's.
+        trained: Whether it is measured without training, with it, or both; none for as the
+            protocol says.
     """
 
     name: str
@@ -97,16 +106,28 @@ class Method:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
+    budgets: tuple[float, ...] = ()
+    trained: tuple[bool, ...] = ()
+
+    @property
+    def info(self) -> MethodInfo:
+        """Its record."""
+        return KINDS[self.kind][self.method]
 
     @property
     def seeded(self) -> bool:
         """Whether its settings have a seed, so that seeds differ without training."""
-        return "seed" in _fields(METHODS[self.kind].load_config(self.method))
+        return "seed" in _fields(KINDS[self.kind].load_config(self.method))
 
     @property
     def static(self) -> bool:
         """Whether the same weights serve every token."""
-        return "static" in METHODS[self.kind][self.method].abilities
+        return "static" in self.info.abilities
+
+    @property
+    def tells_active(self) -> bool:
+        """Whether its results say what is active, since the layers of its model do not show it."""
+        return "tells-active" in self.info.abilities
 
     def config(self, active: float, seed: int) -> Any:
         """Its settings at a budget.
@@ -114,10 +135,11 @@ class Method:
         Raises:
             InputError: If they cannot meet it.
         """
-        options = {**self.options, "method": self.method, "active": active}
+        options = {**self.options, "active": active}
         if self.seeded:
             options["seed"] = seed
-        return method_step(self.kind, options).config
+        where = f"{self.kind} {self.method}"
+        return method_config(KINDS[self.kind], self.method, options, where=where)
 
     def plain(self) -> dict[str, Any]:
         """The method as data."""
@@ -125,6 +147,8 @@ class Method:
             self.kind: self.method,
             "options": to_plain(self.options),
             "train": to_plain(self.train),
+            "budgets": list(self.budgets),
+            "trained": list(self.trained),
         }
 
 
@@ -146,7 +170,7 @@ class Protocol:
         seeds: Of conversion and training.
         trained: Whether methods are measured without training, with it, or both.
         plugins: Python modules that register methods, imported first.
-        methods: By name.
+        methods: By name, the bounds among them.
     """
 
     model: str
@@ -186,6 +210,14 @@ class Protocol:
             "methods": {name: method.plain() for name, method in self.methods.items()},
         }
 
+    def budgets_of(self, method: Method) -> tuple[float, ...]:
+        """Budgets at which a method is measured."""
+        return method.budgets or self.budgets
+
+    def trained_of(self, method: Method) -> tuple[bool, ...]:
+        """Whether a method is measured without training, with it, or both."""
+        return method.trained or self.trained
+
     def training(self, method: Method, active: float, seed: int) -> TrainConfig:
         """The training of one cell.
 
@@ -219,14 +251,10 @@ def build_protocol(values: Mapping[str, Any]) -> Protocol:
     for name in head.plugins:
         _import_plugin(name)
     for name in ("budgets", "seeds", "trained"):
-        given = getattr(head, name)
-        if not given or len(set(given)) < len(given):
-            raise InputError(f"protocol.{name} must be a list of distinct values, got {given}")
-    for active in head.budgets:
-        if not 0.0 < active <= 1.0:
-            raise InputError(
-                f"protocol.budgets must be in (0, 1], got {active}; 0.5 uses half of the weights"
-            )
+        if not getattr(head, name):
+            raise InputError(f"protocol.{name} must have at least one value, got none; give one")
+    _check_distinct("protocol.seeds", head.seeds)
+    _check_cells("protocol", head.budgets, head.trained)
     if min(head.seeds) < 0:
         raise InputError(f"protocol.seeds must be at least 0, got {min(head.seeds)}")
     if not isinstance(head.methods, dict) or not head.methods:
@@ -252,12 +280,28 @@ def build_protocol(values: Mapping[str, Any]) -> Protocol:
         protocol.training(method, 0.0, 0)
         # A name that nobody knows is an error now; a budget that cannot be met is a result later.
         try:
-            method.config(head.budgets[0], 0)
+            method.config(protocol.budgets_of(method)[0], 0)
         except UnknownNameError:
             raise
         except InputError:
             continue
     return protocol
+
+
+def _check_cells(where: str, budgets: Sequence[float], trained: Sequence[bool]) -> None:
+    """Refuse budgets that are no fractions, and what is listed twice."""
+    _check_distinct(f"{where}.budgets", budgets)
+    _check_distinct(f"{where}.trained", trained)
+    for active in budgets:
+        if not 0.0 < active <= 1.0:
+            raise InputError(
+                f"{where}.budgets must be in (0, 1], got {active}; 0.5 uses half of the weights"
+            )
+
+
+def _check_distinct(where: str, given: Sequence[Any]) -> None:
+    if len(set(given)) < len(given):
+        raise InputError(f"{where} must be a list of distinct values, got {list(given)}")
 
 
 def _import_plugin(name: str) -> None:
@@ -287,18 +331,17 @@ def _method(name: str, item: Any) -> Method:
     where = f"protocol.methods.{name}"
     if not _NAME.fullmatch(name):
         raise InputError(f"{where} must be of letters, digits, '.', '_' and '-'; rename it")
-    kinds = [kind for kind in METHODS if isinstance(item, dict) and kind in item]
+    kinds = [kind for kind in KINDS if isinstance(item, dict) and kind in item]
     if len(kinds) != 1:
         raise InputError(
-            f"{where} must have either {' or '.join(METHODS)} with the name of a method, got "
-            f"{item!r}"
+            f"{where} must have either {' or '.join(KINDS)} with the name of a method, got {item!r}"
         )
     kind = kinds[0]
     rest = {key: value for key, value in item.items() if key != kind and value is not None}
     if "method" in rest:
         raise InputError(f"{where} names its method twice; leave out 'method'")
     head = build_config(_Item, {"method": item[kind], **rest}, where=where)
-    if "active" not in _fields(METHODS[kind].load_config(head.method)):
+    if "active" not in _fields(KINDS[kind].load_config(head.method)):
         raise InputError(
             f"{where}: {head.method} has no setting active, so it has no budget; compare others"
         )
@@ -311,7 +354,24 @@ def _method(name: str, item: Any) -> Method:
                 f"{where}.train.{option} is the same for all methods; set it in protocol.train "
                 f"(a method's own are {', '.join(_OWN_TRAINING)})"
             )
-    return Method(name=name, kind=kind, method=head.method, options=head.options, train=head.train)
+    _check_cells(where, head.budgets, head.trained)
+    trained = head.trained
+    if kind == "bound" and "trains" not in KINDS[kind][head.method].abilities:
+        if True in trained:
+            raise InputError(
+                f"{where}.trained must be [false], got {list(trained)}: {head.method} has nothing "
+                "to train; leave it out"
+            )
+        trained = (False,)
+    return Method(
+        name=name,
+        kind=kind,
+        method=head.method,
+        options=head.options,
+        train=head.train,
+        budgets=head.budgets,
+        trained=trained,
+    )
 
 
 def _fields(config: type) -> set[str]:

@@ -25,7 +25,7 @@ from moesaic.recipes.comparison.lines import add_line, cell_of, read_lines
 from moesaic.recipes.comparison.measure import resolved
 from moesaic.recipes.comparison.process import Outcome, run_piece
 from moesaic.recipes.comparison.protocol import Protocol
-from moesaic.recipes.plan import check_positions, check_train, estimate_parameters
+from moesaic.recipes.plan import check_model, check_positions, check_train, estimate_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def check(protocol: Protocol) -> None:
             f"calibration.tokens must be at least one block of {block}, got "
             f"{protocol.calibration.tokens}; raise it or lower data.block"
         )
-    if True in protocol.trained:
+    if any(cell.trained for cell in all_cells(protocol)):
         check_train(protocol.train, block)
     if protocol.questions.per_domain and importlib.util.find_spec("lm_eval") is None:
         raise ImportError(
@@ -138,11 +138,12 @@ def _settings_of(line: Mapping[str, Any]) -> dict[str, Any]:
 def _work(
     protocol: Protocol, directory: Path, cells: Sequence[Cell], progress: Progress, run: Runner
 ) -> None:
-    """Do cells one by one; those that no settings exist for first, since they take no time."""
+    """Do cells one by one; those whose settings cannot work first, since they take no time."""
     runnable = []
+    config = read_config(protocol.model)
     for cell in cells:
         try:
-            protocol.methods[cell.method].config(cell.active, cell.seed)
+            check_model(protocol.methods[cell.method].config(cell.active, cell.seed), config)
         except InputError as error:
             _add(protocol, directory, cell, Outcome(status="refused", reason=str(error)))
         else:

@@ -134,12 +134,22 @@ class Shared:
         return load_tokenizer(str(self.parent))
 
     def ask(self, model: PreTrainedModel) -> dict[str, dict[str, float]]:
-        """Ask a model the questions; what it scored, by file, and nothing if there are none."""
+        """Ask a model the questions; nothing if there are none.
+
+        Returns:
+            By file, the metrics of lm-eval, the ends `acc_low` and `acc_high` of the 95% interval
+            of its `acc`, and how many `questions` there were.
+        """
         files = sorted((self.directory / "questions").glob("*.jsonl"))
         if not files:
             return {}
         found = evaluate_tasks(model, self.tokenizer(), [str(file) for file in files])
-        return {Path(name).stem: dict(task.metrics) for name, task in found.items()}
+        scores = {}
+        for name, task in found.items():
+            low, high = task.interval()
+            more = {"acc_low": low, "acc_high": high, "questions": task.questions}
+            scores[Path(name).stem] = {**task.metrics, **more}
+        return scores
 
     def stats(self, collectors: tuple[str, ...]) -> CalibrationStats | None:
         """Statistics that hold some collectors; none if none is needed."""
@@ -182,15 +192,25 @@ class Shared:
             },
         )
 
-    def cost(self, model: PreTrainedModel, quality: QualityResult) -> dict[str, Any]:
+    def cost(
+        self, model: PreTrainedModel, quality: QualityResult, active: float | None = None
+    ) -> dict[str, Any]:
         """What a model costs, its active fraction of the parent's weights.
 
-        A model may have been made into a narrower dense one, whose own config knows no parent.
+        Args:
+            model: What was measured. It may have been made into a narrower dense one, whose own
+                config knows no parent.
+            quality: Of the model.
+            active: What is active of the model's networks, where its layers do not show it.
         """
         cost = cost_section(model, quality, self.split.heldout.block)
         if not moe_layers(model):
             dense: int = read_json(self.record_file)["ffn_weights"]
-            cost["active_ffn_fraction"] = ffn_weights(model) / dense
+            own = ffn_weights(model)
+            used = own if active is None else round(active * own)
+            cost["active_ffn_fraction"] = used / dense
+            cost["active_parameters"] -= own - used
+            cost["flops_per_token"] -= 2 * (own - used)
         return cost
 
     def dense_losses(self) -> BlockLosses:
