@@ -9,7 +9,8 @@ Shapes: F neurons of the network, D model width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -159,6 +160,35 @@ def convert_dsmoe(
     Raises:
         InputError: Before any work, if the settings do not fit the model or the statistics.
     """
+    fits = fit_dsmoe(model, stats, config, store=store, progress=progress)
+    if not fits:
+        return model, {}
+    actives = [fit.active for fit in fits]
+    if config.allocation == "sensitivity":
+        actives = layer_budgets(fits, stats, config)
+        _move(model, fits, actives)
+    return model, {
+        "active_per_layer": [round(active, 4) for active in actives],
+        "error_per_layer": [
+            round(float(np.interp(active, FRACTIONS, fit.errors)), 5)
+            for active, fit in zip(actives, fits, strict=True)
+        ],
+    }
+
+
+def fit_dsmoe(
+    model: PreTrainedModel,
+    stats: CalibrationStats | None,
+    config: DSMoE,
+    *,
+    store: Path | None = None,
+    progress: Progress = SILENT,
+) -> list[RouterFit]:
+    """Convert as `convert_dsmoe` does, and leave every router at the fraction it was fitted to.
+
+    Returns:
+        How the router of every layer does; none if routers are not fitted.
+    """
     kept = convert_layers(
         model,
         stats,
@@ -170,31 +200,52 @@ def convert_dsmoe(
         store=store,
         progress=progress,
     )
-    fits = [_read_fit(tensors) for tensors in kept if tensors]
-    return model, _share_budget(model, fits, stats, config) if fits else {}
+    return [_read_fit(tensors) for tensors in kept if tensors]
+
+
+def layer_budgets(
+    fits: Sequence[RouterFit], stats: CalibrationStats | None, config: DSMoE
+) -> list[float]:
+    """Active fraction of every layer at the budget and with the allocation of the settings."""
+    if config.allocation == "uniform":
+        return [config.active] * len(fits)
+    assert stats is not None
+    errors = [fit.errors for fit in fits]
+    return allocate(stats.sensitivity, errors, FRACTIONS, config.active)
+
+
+@contextmanager
+def fits_moved(
+    model: PreTrainedModel, fits: Sequence[RouterFit], actives: Sequence[float]
+) -> Iterator[None]:
+    """Move fitted routers to other fractions while the block lasts.
+
+    Args:
+        model: What `fit_dsmoe` made.
+        fits: What it gave.
+        actives: Fraction of every layer.
+    """
+    before = [bias_E.clone() for bias_E in _router_biases(model)]
+    try:
+        _move(model, fits, actives)
+        yield
+    finally:
+        with torch.no_grad():
+            for bias_E, old_E in zip(_router_biases(model), before, strict=True):
+                bias_E.copy_(old_E)
 
 
 @torch.no_grad()
-def _share_budget(
-    model: PreTrainedModel, fits: list[RouterFit], stats: CalibrationStats | None, config: DSMoE
-) -> dict[str, Any]:
-    """Move every fitted router to its layer's part of the budget."""
-    assert stats is not None
-    actives = [fit.active for fit in fits]
-    if config.allocation == "sensitivity":
-        errors = [fit.errors for fit in fits]
-        actives = allocate(stats.sensitivity, errors, FRACTIONS, config.active)
-        for layer, fit, active in zip(moe_layers(model), fits, actives, strict=True):
-            assert isinstance(layer.router, SigmoidThreshold)
-            assert layer.router.bias is not None
-            layer.router.bias.sub_(float(np.interp(active, FRACTIONS, fit.shifts)))
-    return {
-        "active_per_layer": [round(active, 4) for active in actives],
-        "error_per_layer": [
-            round(float(np.interp(active, FRACTIONS, fit.errors)), 5)
-            for active, fit in zip(actives, fits, strict=True)
-        ],
-    }
+def _move(model: PreTrainedModel, fits: Sequence[RouterFit], actives: Sequence[float]) -> None:
+    for bias_E, fit, active in zip(_router_biases(model), fits, actives, strict=True):
+        bias_E.sub_(float(np.interp(active, FRACTIONS, fit.shifts)))
+
+
+def _router_biases(model: PreTrainedModel) -> Iterator[Tensor]:
+    for layer in moe_layers(model):
+        assert isinstance(layer.router, SigmoidThreshold)
+        assert layer.router.bias is not None
+        yield layer.router.bias
 
 
 def _describe(ffn: FFN, config: DSMoE) -> LayerConfig:
