@@ -1,8 +1,8 @@
 """What a trial loses, on text that no trial was calibrated on: no more of it than it takes.
 
 Ratios of perplexities near one settle on a few blocks; those of a broken model differ from
-document to document. So every trial reads a few blocks of each domain, and twice as many again as
-long as its interval is wide.
+document to document. So every trial reads a few blocks of each domain, and as many again as before
+while its interval is wide.
 """
 
 from __future__ import annotations
@@ -102,10 +102,16 @@ class Reading:
             dense, self._text, self._quality, progress, block_N=blocks, name="dense"
         ).losses
 
-    def measure(self, model: PreTrainedModel, name: str) -> Lost:
-        """Read the text with a trial."""
+    def measure(self, model: PreTrainedModel, name: str, *, once: bool = False) -> Lost:
+        """Read the text with a trial.
+
+        Args:
+            model: The trial, in place.
+            name: For progress and messages.
+            once: Whether to read no more than the first blocks, however wide the interval.
+        """
         losses: BlockLosses | None = None
-        used, tokens = 0.0, 0
+        used, read = 0.0, 0
         tells = True
         for block_N in self._rounds:
             result = evaluate_perplexity(
@@ -116,16 +122,16 @@ class Reading:
                 tells = False
             else:
                 used += result.activation.mean() * block_N.size
-            tokens += block_N.size
+            read += block_N.size
             ratio = perplexity_ratio(
                 losses,
                 self._dense.at(losses.block_N),
                 self._quality.resamples,
                 self._quality.seed,
             )
-            if ratio.high <= _NARROW * ratio.low:
+            if once or ratio.high <= _NARROW * ratio.low:
                 break
-        return Lost(ratio, tokens, used / tokens if tells else None)
+        return Lost(ratio, read, used / read if tells else None)
 
 
 def unseen_blocks(

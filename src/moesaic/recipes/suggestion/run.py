@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from moesaic._errors import CheckpointError, InputError
 from moesaic._progress import SILENT, Progress
+from moesaic.analysis.comparison import BOUND
 from moesaic.analysis.suggestion import Prediction, Suggestion
 from moesaic.calibration import CalibrationConfig, CalibrationStats, calibrate
 from moesaic.compression.pruning.flap import FLAP
@@ -208,7 +209,10 @@ def predict(
             }
             try:
                 with trial.at(budget) as (model, active):
-                    lost = reading.measure(model, f"{trial.name} at {budget:g}")
+                    # Bounds are slow, and there for orientation.
+                    lost = reading.measure(
+                        model, f"{trial.name} at {budget:g}", once=trial.kind == BOUND
+                    )
                     measured = lost.active if lost.active is not None else active
                     if measured is None:
                         measured = ffn_weights(model) / weights
