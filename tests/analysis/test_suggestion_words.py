@@ -75,7 +75,7 @@ def test_what_is_off_its_budget_or_refused_is_not_compared():
     asked = Suggestion(conversion="dsmoe", budgets=(0.75, 0.5, 0.25), predictions=(*cells, off))
     assert [p.method for p in asked.at(0.5)] == ["dsmoe"]
     assert off.text() == "1.00 (1.00-1.00) at 0.90"
-    assert asked.predictions[-2].text() == "refused"
+    assert asked.predictions[-2].text() == "-"
     none = Suggestion(conversion="dsmoe", budgets=(0.5,), predictions=(off,))
     assert advice(none) == ["No method meets a budget of 0.5 within 0.04."]
 

@@ -143,7 +143,7 @@ def test_a_method_that_refuses_a_budget_says_why(root):
     assert first.ratio is not None
     assert second.ratio is None
     assert "active" in second.reason
-    assert second.text() == "refused"
+    assert second.text() == "-"
     assert "block-bound" not in {p.method for p in suggestion.predictions}
 
 

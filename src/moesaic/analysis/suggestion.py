@@ -33,7 +33,7 @@ class Prediction:
         kind: `convert`, `compress` or `bound`.
         budget: The requested active fraction.
         static: Whether the same weights serve every token.
-        ratio: Perplexity over the dense parent's; none if the method refused.
+        ratio: Perplexity over the dense parent's; none if the method refused or broke the model.
         low: Of its 95% interval over documents.
         high: Of its 95% interval.
         active: The active fraction that was measured with it.
@@ -54,7 +54,7 @@ class Prediction:
 
     @property
     def loss(self) -> float:
-        """Perplexity lost, as a fraction of the dense parent's; of a refusal it is infinite."""
+        """Perplexity lost, as a fraction of the dense parent's; infinite without a ratio."""
         return float("inf") if self.ratio is None else self.ratio - 1
 
     @property
@@ -65,7 +65,7 @@ class Prediction:
     def text(self) -> str:
         """As one cell of a table."""
         if self.ratio is None or self.low is None or self.high is None:
-            return "refused"
+            return "-"
         text = Ratio(self.ratio, self.low, self.high).text()
         return text if self.on_budget else f"{text} at {self.active:.2f}"
 

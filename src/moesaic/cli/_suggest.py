@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,10 @@ def run_suggest(recipe: Recipe, options: Any, directory: Path) -> int:
     if options.json:
         show({**to_plain(suggestion), "advice": sentences}, as_json=True)
         return 0
-    Console(width=None).print(suggestion_table(suggestion))
+    Console(width=None if sys.stdout.isatty() else 110).print(suggestion_table(suggestion))
+    for p in suggestion.predictions:
+        if p.reason:
+            print(f"{p.method} at {p.budget:g}: {p.reason}")
     for sentence in sentences:
         print(sentence)
     return 0

@@ -39,7 +39,7 @@ class TrialConfig:
     """
 
     first_blocks: int = 2
-    most_blocks: int = 8
+    most_blocks: int = 6
     fit_steps: int = 20
     fit_tokens: int = 4096
     sample_tokens: int = 256

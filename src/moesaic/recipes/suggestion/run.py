@@ -26,7 +26,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from moesaic._errors import CheckpointError, InputError
+from moesaic._errors import CheckpointError, InputError, RunError
 from moesaic._progress import SILENT, Progress
 from moesaic.analysis.comparison import BOUND
 from moesaic.analysis.suggestion import Prediction, Suggestion
@@ -43,7 +43,7 @@ from moesaic.recipes.suggestion.trials import Parent, Trial
 
 BUDGETS = (0.75, 0.625, 0.5, 0.375, 0.25)
 # What could be done instead of a conversion.
-_INSTEAD = {"flap": FLAP(), "teal": TEAL()}
+_INSTEAD: dict[str, Any] = {"flap": FLAP(), "teal": TEAL()}
 
 
 def suggest(
@@ -60,7 +60,7 @@ def suggest(
     """Predict what a conversion, static pruning (FLAP) and thresholds (TEAL) lose without training.
 
     The bounds on neurons and, for DSMoE with fitted routers, on its blocks are beside them.
-    `moesaic.analysis.advice` puts the answer into words.
+    `moesaic.analysis.advice` puts the answer into words. Takes memory for three models.
 
     Args:
         model: A dense model, which stays as it is, or where to load one from.
@@ -195,7 +195,8 @@ def predict(
         progress: Told of every cell.
 
     Returns:
-        One prediction for each; of a trial that refuses its budget, with the reason.
+        One prediction for each; of a trial that refuses its budget, or whose loss is not finite,
+        with the reason.
     """
     weights = ffn_weights(dense)
     found = []
@@ -218,7 +219,7 @@ def predict(
                         measured = ffn_weights(model) / weights
             except CheckpointError:
                 raise
-            except InputError as error:
+            except (InputError, RunError) as error:
                 found.append(Prediction(**about, reason=str(error)))
             else:
                 found.append(
