@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moesaic.models.checkpoint import load, load_dense, save
     from moesaic.nn.layer import LayerConfig, MoELayer, all_experts_on, record_routing
     from moesaic.nn.routing import Routing
+    from moesaic.recipes.suggestion import suggest
     from moesaic.training import TrainConfig, train
 
     __version__: str
@@ -45,6 +46,7 @@ _HOMES = {
     "prepare": "moesaic.data",
     "record_routing": "moesaic.nn.layer",
     "save": "moesaic.models.checkpoint",
+    "suggest": "moesaic.recipes.suggestion",
     "train": "moesaic.training",
 }
 
@@ -70,6 +72,7 @@ __all__ = [
     "prepare",
     "record_routing",
     "save",
+    "suggest",
     "train",
 ]
 

@@ -134,7 +134,7 @@ def test_lists_that_are_repeated_add_up(root, capsys):
 
 def test_a_command_needs_its_arguments(capsys):
     line = fails(capsys, ["convert", "somewhere"])
-    assert "Missing from moesaic convert: PATH Directory of the checkpoint" in line
+    assert "output is missing; name a directory for the checkpoint after the model" in line
 
 
 def kill_at(argv, file):

@@ -5,13 +5,27 @@ from moesaic.analysis.comparison import Comparison, verdicts
 from moesaic.analysis.comparison_markdown import comparison_markdown
 from moesaic.analysis.comparison_page import render_comparison
 from moesaic.analysis.report import render_report, write_report
+from moesaic.analysis.suggestion import (
+    Prediction,
+    Suggestion,
+    advice,
+    check_sentence,
+    checks,
+    predictions_markdown,
+)
 from moesaic.analysis.table import summary_rows, summary_table
 
 __all__ = [
     "Comparison",
     "Headline",
+    "Prediction",
+    "Suggestion",
+    "advice",
+    "check_sentence",
+    "checks",
     "comparison_markdown",
     "headline",
+    "predictions_markdown",
     "render_comparison",
     "render_report",
     "summary_rows",

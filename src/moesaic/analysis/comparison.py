@@ -13,10 +13,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, geometric_mean
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from moesaic.analysis import _record
 from moesaic.analysis._format import multiple, percent, significant
+
+if TYPE_CHECKING:
+    from moesaic.analysis.suggestion import Prediction
 
 # How far a measured fraction may be from its budget.
 TOLERANCE = 0.02
@@ -31,12 +34,14 @@ class Comparison:
     Attributes:
         protocol: As plain data; its order of methods and budgets is that of the tables.
         dense: Record of the dense parent; none if it was not measured.
+        predictions: Of cells without training, from short trials.
         lines: Results, one for each cell.
     """
 
     protocol: Mapping[str, Any]
     lines: Sequence[Mapping[str, Any]]
     dense: Mapping[str, Any] | None = None
+    predictions: Sequence[Prediction] = ()
 
 
 class Accuracy(NamedTuple):

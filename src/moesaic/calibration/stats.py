@@ -7,10 +7,11 @@ model and of its layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -46,6 +47,7 @@ class CalibrationStats:
         text: Provenance of the text.
         sensitivity: Of every layer, if it was collected; see `layer_sensitivity`.
         passes: Which of the collectors looked at the whole model.
+        most_tokens: How many tokens at most `layer` gives of what was kept token by token.
     """
 
     directory: Path
@@ -55,17 +57,30 @@ class CalibrationStats:
     text: dict[str, Any]
     sensitivity: tuple[float, ...] = ()
     passes: tuple[str, ...] = ()
+    most_tokens: int | None = None
+
+    def thinned(self, tokens: int) -> CalibrationStats:
+        """The same statistics with at most so many tokens of what was kept token by token.
+
+        They are evenly spaced over the text; means over tokens stay those of all.
+        """
+        return replace(self, most_tokens=tokens)
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """Read the statistics of one layer, `collector.tensor` to tensor."""
         tensors = self._of_passes(f"{index:03d}")
         if set(self.collectors) - set(self.passes):
             tensors |= _read(layer_file(self.directory, index))
-        return tensors
+        if self.most_tokens is None:
+            return tensors
+        return {name: _thin(name, value, self.most_tokens) for name, value in tensors.items()}
 
     def whole(self) -> dict[str, Tensor]:
         """Read the statistics of the whole model, `collector.tensor` to tensor."""
-        return self._of_passes(_WHOLE)
+        tensors = self._of_passes(_WHOLE)
+        if self.most_tokens is None:
+            return tensors
+        return {name: _thin(name, value, self.most_tokens) for name, value in tensors.items()}
 
     def _of_passes(self, part: str) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
@@ -160,6 +175,21 @@ def open_stats(directory: Path) -> CalibrationStats:
         sensitivity=sensitivity,
         passes=passes,
     )
+
+
+def _thin(name: str, value: Tensor, tokens: int) -> Tensor:
+    """Some tokens of a tensor whose first axes they are, as the last letters of its name say.
+
+    Blocks of tokens stay whole; one is kept at least.
+    """
+    axes = name.rpartition("_")[2]
+    if axes.startswith("NS"):
+        tokens = max(1, tokens // value.shape[1])
+    elif not axes.startswith("T"):
+        return value
+    if len(value) <= tokens:
+        return value
+    return value[torch.linspace(0, len(value) - 1, tokens).long()]
 
 
 def _read(file: Path, prefix: str = "") -> dict[str, Tensor]:

@@ -18,11 +18,13 @@ from moesaic._errors import InputError
 from moesaic.calibration import CalibrationConfig
 from moesaic.cli._common import Overrides, parse, quiet_libraries, show
 from moesaic.cli._progress import TerminalProgress
+from moesaic.cli._suggest import run_suggest
 from moesaic.data import DataConfig
 from moesaic.models.checkpoint import read_manifest
 from moesaic.recipes import Recipe, plan, run_recipe
 from moesaic.recipes.claim import holds_run
 from moesaic.recipes.recipe import DEFAULT_METHODS, apply_override, method_step
+from moesaic.recipes.suggestion import BUDGETS, take_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Options:
     """
 
     model: tyro.conf.Positional[str]
-    output: tyro.conf.Positional[Path]
+    output: tyro.conf.Positional[Path | None] = None
     method: str = ""
     preset: str = ""
     set: Overrides = ()
@@ -55,12 +57,28 @@ class Options:
     json: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(Options):
+    """Turn a dense model into a mixture of experts and save it as a transformers directory.
+
+    Attributes:
+        suggest: Convert nothing: predict from short trials what these settings, static pruning and
+            thresholds lose at each budget, and say what to do. With an output, the same command
+            without it takes up the calibration.
+        budgets: Active fractions to predict.
+    """
+
+    suggest: bool = False
+    budgets: tuple[float, ...] = BUDGETS
+
+
 def run_method(kind: str, argv: Sequence[str]) -> int:
     """Run one of the two commands."""
     method = _value_of("--method", argv) or DEFAULT_METHODS[kind]
     preset = _value_of("--preset", argv)
     start = method_step(kind, {"method": method, **({"preset": preset} if preset else {})}).config
-    options: Any = parse(_with_settings(start), argv, kind)
+    base = ConvertOptions if kind == "convert" else Options
+    options: Any = parse(_with_settings(start, base), argv, kind)
     quiet_libraries()
     settings = to_plain(options.settings)
     for override in itertools.chain.from_iterable(options.set):
@@ -68,7 +86,10 @@ def run_method(kind: str, argv: Sequence[str]) -> int:
     for name in {"method", "preset"} & settings.keys():
         raise InputError(f"--set cannot choose the {name}; write --{name} {settings[name]}")
     step = method_step(kind, {"method": method, **settings})
-    work = options.output.with_name(f"{options.output.name}.partial")
+    suggests = kind == "convert" and options.suggest
+    if options.output is None and not suggests:
+        raise InputError("output is missing; name a directory for the checkpoint after the model")
+    work = _beside(options.output, "partial")
     recipe = Recipe(
         model=options.model,
         output=work,
@@ -77,6 +98,9 @@ def run_method(kind: str, argv: Sequence[str]) -> int:
         calibration=options.calibration,
         steps=(step,),
     )
+    suggested = _beside(options.output, "suggested")
+    if suggests:
+        return run_suggest(recipe, options, suggested)
     made = work / f"01-{kind}"
     if options.output.exists():
         # An earlier run may have been cut between its last two acts.
@@ -88,6 +112,7 @@ def run_method(kind: str, argv: Sequence[str]) -> int:
         show({**facts, "output": str(options.output)}, as_json=options.json)
         return 0
     else:
+        take_up(suggested, recipe)
         with TerminalProgress() as progress:
             run_recipe(recipe, progress)
         os.replace(made / "model", options.output)
@@ -98,14 +123,19 @@ def run_method(kind: str, argv: Sequence[str]) -> int:
     return 0
 
 
-def _with_settings(config: Any) -> type:
+def _beside(output: Path | None, what: str) -> Path:
+    """A directory of work beside the checkpoint."""
+    return Path(what) if output is None else output.with_name(f"{output.name}.{what}")
+
+
+def _with_settings(config: Any, base: type) -> type:
     """Add the settings of a method to the options, under their own names."""
     settings: Any = Annotated[type(config), tyro.conf.arg(name="")]
     return dataclasses.make_dataclass(
         "MethodOptions",
         [("settings", settings, field(default=config))],
-        bases=(Options,),
-        namespace={"__doc__": Options.__doc__},
+        bases=(base,),
+        namespace={"__doc__": base.__doc__},
         frozen=True,
         kw_only=True,
     )

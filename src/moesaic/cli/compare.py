@@ -12,7 +12,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.analysis import Comparison, verdicts
+from moesaic._config import to_plain
+from moesaic.analysis import Comparison, check_sentence, checks, verdicts
 from moesaic.cli._common import Overrides, parse, quiet_libraries, show
 from moesaic.cli._progress import TerminalProgress
 from moesaic.recipes.comparison import (
@@ -25,6 +26,7 @@ from moesaic.recipes.comparison import (
     select,
     write_comparison,
 )
+from moesaic.recipes.suggestion import suggest_cells
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,8 @@ class Options:
         also: Directories of other parts, whose results the report takes in.
         redo: Measure cells that are done once more.
         report: Write the report of what is there and measure nothing.
+        suggest: Predict the cells without training from short trials and measure nothing; the
+            report then says how far predictions are off what was measured.
         set: Overrides such as `train.tokens=2000`.
         dry_run: List the cells and how long they take; do nothing.
         json: Print one JSON document.
@@ -52,6 +56,7 @@ class Options:
     also: tuple[Path, ...] = ()
     redo: bool = False
     report: bool = False
+    suggest: bool = False
     set: Overrides = ()
     dry_run: bool = False
     json: bool = False
@@ -70,7 +75,10 @@ def run(argv: Sequence[str]) -> int:
         _list(listed, as_json=options.json)
         return 0
     failed: list[str] = []
-    if not options.report:
+    if options.suggest:
+        with TerminalProgress() as progress:
+            suggest_cells(protocol, options.out, cells, progress=progress)
+    elif not options.report:
         with TerminalProgress() as progress:
             lines = compare(protocol, options.out, selection, progress, redo=options.redo)
         failed = [
@@ -106,9 +114,14 @@ def _list(listed: list[dict[str, Any]], *, as_json: bool) -> None:
 def _show(comparison: Comparison, result: dict[str, Any], *, as_json: bool) -> None:
     """Print the sentences of a comparison and where its report is."""
     sentences = verdicts(comparison)
+    compared = checks(comparison)
+    if compared:
+        sentences.append(check_sentence(compared))
+        result = {**result, "predictions": [to_plain(check) for check in compared]}
     if as_json:
         show({**result, "verdicts": sentences}, as_json=True)
         return
     for sentence in sentences:
         print(sentence)
-    show({name: value for name, value in result.items() if value}, as_json=False)
+    hidden = ("predictions",)
+    show({n: value for n, value in result.items() if value and n not in hidden}, as_json=False)

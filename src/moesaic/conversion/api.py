@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from moesaic._errors import InputError
 from moesaic._progress import SILENT, Progress
-from moesaic._registry import load_object
+from moesaic._registry import MethodInfo, load_object
 from moesaic.calibration import CalibrationConfig, CalibrationStats, calibrate
 from moesaic.conversion._table import CONVERSIONS
 from moesaic.data import DataConfig, TokenBlocks, prepare
@@ -43,14 +43,7 @@ def convert(
     Raises:
         InputError: If the settings do not fit the model, or need text and there is none.
     """
-    for info in CONVERSIONS.values():
-        if isinstance(config, load_object(info.config)):
-            break
-    else:
-        raise InputError(
-            f"config must be the settings of a conversion ({', '.join(CONVERSIONS)}), got "
-            f"{type(config).__name__}; moesaic.DSMoE() is one"
-        )
+    info = conversion_of(config)
     dense = load_dense(model) if isinstance(model, str) else model
     apply = load_object(info.target)
     needed = config.collectors()
@@ -70,3 +63,18 @@ def convert(
         )
         measured: PreTrainedModel = apply(dense, stats, config, progress=progress)[0]
     return measured
+
+
+def conversion_of(config: Any) -> MethodInfo:
+    """The conversion that some settings belong to.
+
+    Raises:
+        InputError: If they are of none.
+    """
+    for info in CONVERSIONS.values():
+        if isinstance(config, load_object(info.config)):
+            return info
+    raise InputError(
+        f"config must be the settings of a conversion ({', '.join(CONVERSIONS)}), got "
+        f"{type(config).__name__}; moesaic.DSMoE() is one"
+    )

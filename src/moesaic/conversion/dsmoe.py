@@ -176,6 +176,27 @@ def convert_dsmoe(
     Raises:
         InputError: Before any work, if the settings do not fit the model or the statistics.
     """
+    fits = fit_dsmoe(model, stats, config, store=store, progress=progress)
+    if not fits:
+        return model, {}
+    assert stats is not None
+    # An interrupted conversion does this part again from the first layer.
+    return model, settle(model, fits, stats, config, progress)
+
+
+def fit_dsmoe(
+    model: PreTrainedModel,
+    stats: CalibrationStats | None,
+    config: DSMoE,
+    *,
+    store: Path | None = None,
+    progress: Progress = SILENT,
+) -> list[RouterFit]:
+    """Convert as `convert_dsmoe` does, and leave every router at the fraction it was fitted to.
+
+    Returns:
+        How the router of every layer does; none if routers are not fitted.
+    """
     kept = convert_layers(
         model,
         stats,
@@ -187,13 +208,10 @@ def convert_dsmoe(
         store=store,
         progress=progress,
     )
-    if not all(kept):
-        return model, {}
-    assert stats is not None
-    return model, _settle(model, [_read_fit(tensors) for tensors in kept], stats, config, progress)
+    return [_read_fit(tensors) for tensors in kept if tensors]
 
 
-def _settle(
+def settle(
     model: PreTrainedModel,
     fits: list[RouterFit],
     stats: CalibrationStats,
@@ -202,7 +220,18 @@ def _settle(
 ) -> dict[str, Any]:
     """Share the budget among the layers, and fit each to its part on what the ones before it give.
 
-    An interrupted conversion does this part again from the first layer.
+    What it writes, the bias of the routers and the bypass, depends on nothing that it wrote before,
+    so one fitted model can be settled on one budget after the other.
+
+    Args:
+        model: What `fit_dsmoe` made.
+        fits: What it gave.
+        stats: Calibration of the dense parent.
+        config: Its settings, with the budget.
+        progress: Told of every token.
+
+    Returns:
+        Per layer, the active fraction and the error that is left there.
     """
     width = dense_ffn_width(model.config)
     shares = [shape.experts_on(config.active) for shape in layer_shapes(model, width)]

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moesaic.nn.experts._base import Experts, constant_share
-from moesaic.nn.layer import MoELayer, moe_layers
+from moesaic.nn.layer import moe_layers
 from moesaic.nn.routing import Routing
 from moesaic.nn.shape import LayerShape, layer_shapes
 

@@ -67,6 +67,14 @@ class BlockLosses:
             text=self.text,
         )
 
+    def joined(self, other: BlockLosses) -> BlockLosses:
+        """These and those of other blocks of the same text."""
+        if other.text != self.text:
+            raise InputError("losses of two texts cannot be joined; read blocks of one text")
+        names = ("nll_N", "tokens_N", "block_N", "domain_N", "document_N")
+        arrays = {n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in names}
+        return BlockLosses(**arrays, domains=self.domains, text=self.text)
+
     def present(self) -> Iterator[tuple[int, str]]:
         """Index and name of every domain that has a block."""
         for index in np.unique(self.domain_N):

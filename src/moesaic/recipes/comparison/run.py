@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import shutil
@@ -15,7 +16,12 @@ from moesaic._config import to_plain
 from moesaic._errors import InputError, RunError
 from moesaic._files import atomic_write, read_json
 from moesaic._progress import SILENT, Progress
-from moesaic.analysis import Comparison, comparison_markdown, render_comparison
+from moesaic.analysis import (
+    Comparison,
+    comparison_markdown,
+    predictions_markdown,
+    render_comparison,
+)
 from moesaic.evaluation.machine import flops_per_s
 from moesaic.models.architectures import ARCHITECTURES
 from moesaic.models.checkpoint import check_weights, read_config
@@ -23,6 +29,7 @@ from moesaic.recipes.claim import claim, held, holds_run
 from moesaic.recipes.comparison.cells import Cell, Selection, all_cells, select
 from moesaic.recipes.comparison.lines import add_line, cell_of, read_lines
 from moesaic.recipes.comparison.measure import resolved
+from moesaic.recipes.comparison.predictions import read_predictions
 from moesaic.recipes.comparison.process import Outcome, run_piece
 from moesaic.recipes.comparison.protocol import Protocol
 from moesaic.recipes.plan import check_model, check_positions, check_train, estimate_parameters
@@ -151,7 +158,7 @@ def _work(
     if not runnable:
         return
     piece = {"directory": str(directory), "protocol": protocol.plain()}
-    collectors = _collectors(protocol, runnable)
+    collectors = collectors_for(protocol, runnable)
     log = directory / "logs" / "shared.log"
     made = run({**piece, "collectors": collectors}, log, progress)
     if made.status != "done":
@@ -165,11 +172,13 @@ def _work(
             stage.advance()
 
 
-def _collectors(protocol: Protocol, cells: Iterable[Cell]) -> list[str]:
-    """Everything that must be measured on the dense parent for some cells."""
+def collectors_for(protocol: Protocol, cells: Iterable[Cell]) -> list[str]:
+    """Everything that must be measured on the dense parent for the cells that have settings."""
     needed: set[str] = set()
     for cell in cells:
-        needed.update(protocol.methods[cell.method].config(cell.active, cell.seed).collectors())
+        with contextlib.suppress(InputError):
+            config = protocol.methods[cell.method].config(cell.active, cell.seed)
+            needed.update(config.collectors())
     return sorted(needed)
 
 
@@ -253,11 +262,21 @@ def gather(protocol: Protocol, directories: Sequence[Path]) -> Comparison:
             better = cell not in lines or lines[cell]["status"] != "done"
             if cell in wanted and better and _is_current(protocol, cell, line):
                 lines[cell] = line
+    predictions = {
+        (prediction.method, prediction.budget): prediction
+        for directory in directories
+        for prediction in read_predictions(directory)
+    }
     dense = next((d / "dense.json" for d in directories if (d / "dense.json").is_file()), None)
     return Comparison(
         protocol=protocol.plain(),
         dense=None if dense is None else read_json(dense),
         lines=[lines[cell] for cell in wanted if cell in lines],
+        predictions=[
+            prediction
+            for prediction in predictions.values()
+            if prediction.method in protocol.methods and prediction.budget in protocol.budgets
+        ],
     )
 
 
@@ -277,7 +296,10 @@ def write_comparison(
     comparison = gather(protocol, [directory, *others])
     files = {
         "report": (directory / "report.html", render_comparison(comparison)),
-        "markdown": (directory / "report.md", comparison_markdown(comparison)),
+        "markdown": (
+            directory / "report.md",
+            comparison_markdown(comparison) + predictions_markdown(comparison),
+        ),
     }
     for path, text in files.values():
         with atomic_write(path) as temporary:

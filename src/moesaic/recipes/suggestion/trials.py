@@ -1,0 +1,163 @@
+"""Methods put in place at a budget, at little cost.
+
+Most are simply applied, to a copy of the parent and with fewer calibration tokens. DSMoE, whose
+fit is what takes time, is fitted once, in few steps and at half of the network, and its routers
+are then moved to every budget: on SmolLM2-135M the errors of layers are within 4% of those of 300
+steps at twice the tokens and at the budget itself, most of them within 2%.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
+
+from moesaic._config import to_plain
+from moesaic._progress import SILENT, Progress
+from moesaic.calibration import CalibrationStats
+from moesaic.conversion.dsmoe import DSMoE, fit_dsmoe, settle
+from moesaic.conversion.gram_router import RouterFit
+from moesaic.evaluation import block_bound, neuron_bound
+from moesaic.recipes.recipe import METHODS
+from moesaic.recipes.suggestion.reading import TrialConfig
+
+# Where routers are fitted that are then moved to every budget.
+_FIT_AT = 0.5
+
+
+class Placed(NamedTuple):
+    """A model at a budget.
+
+    Attributes:
+        model: To be measured while it is in place.
+        active: The active fraction that the method says it has; none if it does not say.
+    """
+
+    model: PreTrainedModel
+    active: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A method that can be put in place at a budget.
+
+    Attributes:
+        name: Of the method.
+        kind: `convert`, `compress` or `bound`.
+        static: Whether the same weights serve every token.
+        at: Puts it in place, or raises `InputError` where it cannot meet the budget.
+    """
+
+    name: str
+    kind: str
+    static: bool
+    at: Callable[[float], AbstractContextManager[Placed]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parent:
+    """What trials are made of.
+
+    Attributes:
+        dense: The parent, which stays as it is.
+        stats: Its statistics, with what all methods need; none if they need nothing.
+        config: How much work the trials are.
+        progress: Told of every layer.
+    """
+
+    dense: PreTrainedModel
+    stats: CalibrationStats | None
+    config: TrialConfig
+    progress: Progress = SILENT
+
+    def trial(self, name: str, kind: str, method: str, at: Callable[[float], Any]) -> Trial:
+        """A registered method.
+
+        Args:
+            name: What it is called.
+            kind: `convert` or `compress`, or what else has a table of methods.
+            method: Registered name.
+            at: Gives its settings at a budget.
+        """
+        tokens = self.config.fit_tokens if kind == "convert" else self.config.sample_tokens
+        stats = None if self.stats is None else self.stats.thinned(tokens)
+
+        @contextmanager
+        def place(budget: float) -> Iterator[Placed]:
+            config = at(budget)
+            if isinstance(config, DSMoE) and config.init == "gram" and budget < 1:
+                with self.fitted(config).at(budget) as placed:
+                    yield placed
+                return
+            apply = METHODS[kind].load(method)
+            model, results = apply(copy.deepcopy(self.dense), stats, config, progress=self.progress)
+            yield Placed(model, results.get("active"))
+
+        static = "static" in METHODS[kind][method].abilities
+        return Trial(name=name, kind=kind, static=static, at=place)
+
+    def fitted(self, config: DSMoE) -> Fitted:
+        """DSMoE with some settings, fitted once for all budgets."""
+        short = dataclasses.replace(
+            config, active=_FIT_AT, fit_steps=min(config.fit_steps, self.config.fit_steps)
+        )
+        key = json.dumps(to_plain(short), sort_keys=True)
+        if key not in self._fitted:
+            self._fitted[key] = Fitted(self, short)
+        return self._fitted[key]
+
+    @cached_property
+    def _fitted(self) -> dict[str, Fitted]:
+        return {}
+
+    def neurons(self) -> Trial:
+        """The bound on neurons, by what they contribute."""
+
+        @contextmanager
+        def place(budget: float) -> Iterator[Placed]:
+            with neuron_bound(self.dense, budget) as active:
+                yield Placed(self.dense, active)
+
+        return Trial(name="neuron-bound", kind="bound", static=False, at=place)
+
+    def blocks(self, config: DSMoE) -> Trial:
+        """The bound on the blocks that some settings of DSMoE cut."""
+
+        @contextmanager
+        def place(budget: float) -> Iterator[Placed]:
+            model = self.fitted(config).model
+            with block_bound(model, budget) as active:
+                yield Placed(model, active)
+
+        return Trial(name="block-bound", kind="bound", static=False, at=place)
+
+
+class Fitted:
+    """DSMoE fitted shortly.
+
+    Args:
+        parent: What it is made of.
+        config: Settings, those of the fit included.
+    """
+
+    def __init__(self, parent: Parent, config: DSMoE) -> None:
+        self.config = config
+        assert parent.stats is not None
+        self.stats = parent.stats.thinned(parent.config.fit_tokens)
+        self.model = copy.deepcopy(parent.dense)
+        self.fits: list[RouterFit] = fit_dsmoe(
+            self.model, self.stats, config, progress=parent.progress
+        )
+
+    @contextmanager
+    def at(self, budget: float) -> Iterator[Placed]:
+        """Settle the routers on a budget."""
+        settle(self.model, self.fits, self.stats, dataclasses.replace(self.config, active=budget))
+        yield Placed(self.model, None)
