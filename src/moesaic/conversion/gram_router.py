@@ -89,8 +89,7 @@ class BlockErrors:
             energy.append(o_BED.sum(1).square().sum(1))
         self._a_TM = torch.cat(neurons)
         energy_T = torch.cat(energy)
-        median = energy_T.median().clamp(min=torch.finfo(energy_T.dtype).tiny)
-        self._scale_T1 = (energy_T.clamp(min=median) * median).rsqrt().unsqueeze(1)
+        self._scale_T1 = token_scale(energy_T)
         self.own_TE = torch.cat(own) * self._scale_T1
 
     def _outputs(self, a_BEF: Tensor) -> Tensor:
@@ -163,12 +162,11 @@ def fit_router(
     assert router.bias is not None
     num_neurons = router.num_experts * experts.width
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(h_TD.shape[0], generator=generator)[: _MAX_NEURONS // num_neurons]
+    order, num_train = shuffled_tokens(h_TD.shape[0], num_neurons, generator)
     h_TD = h_TD[order].float()
-    num_train = max(1, int(len(order) * (1 - _HELD)))
     errors = BlockErrors(h_TD, experts)
 
-    mean_D, whiten_DD = _whitening(h_TD[:num_train])
+    mean_D, whiten_DD = whitening(h_TD[:num_train])
     x_TD = (h_TD - mean_D) @ whiten_DD
     weight_ED, bias_E = _first_guess(x_TD[:num_train], errors.own_TE[:num_train])
     weight_ED.requires_grad_()
@@ -181,7 +179,7 @@ def fit_router(
         scores_BE = scores_BE - _shift(scores_BE.detach(), active, router.threshold)
         gates_BE = scores_BE.sigmoid()
         saved_BE = errors.savings(tokens_B, gates_BE > router.threshold)
-        price = _cut(saved_BE, active)
+        price = cut(saved_BE, active)
         optimizer.zero_grad()
         ((price - saved_BE) * gates_BE).sum(1).mean().backward()
         optimizer.step()
@@ -209,7 +207,28 @@ def _measure(
     return RouterFit(active, tuple(shifts), tuple(measured))
 
 
-def _whitening(h_TD: Tensor) -> tuple[Tensor, Tensor]:
+def shuffled_tokens(
+    num_tokens: int, num_neurons: int, generator: torch.Generator
+) -> tuple[Tensor, int]:
+    """Choose the tokens of a fit, as many as 512 MB of neurons allow.
+
+    Whatever is fitted to a layer with one seed trains on the same tokens and leaves the same ones
+    to measure on.
+
+    Returns:
+        Their numbers, and how many of them, from the front, are to train on.
+    """
+    order_T = torch.randperm(num_tokens, generator=generator)[: _MAX_NEURONS // num_neurons]
+    return order_T, max(1, int(len(order_T) * (1 - _HELD)))
+
+
+def token_scale(energy_T: Tensor) -> Tensor:
+    """What the squared error of each token is multiplied with, [T, 1]; see `BlockErrors`."""
+    median = energy_T.median().clamp(min=torch.finfo(energy_T.dtype).tiny)
+    return (energy_T.clamp(min=median) * median).rsqrt().unsqueeze(1)
+
+
+def whitening(h_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and symmetric whitening matrix of the inputs; flat directions are left small."""
     mean_D = h_TD.mean(0)
     centred_TD = h_TD - mean_D
@@ -230,10 +249,10 @@ def _first_guess(x_TD: Tensor, energy_TE: Tensor) -> tuple[Tensor, Tensor]:
 
 def _shift(scores_TE: Tensor, active: float, threshold: float) -> float:
     """What to take from all scores so that a fraction `active` of gates exceeds the threshold."""
-    return _cut(scores_TE, active) - math.log(threshold / (1 - threshold))
+    return cut(scores_TE, active) - math.log(threshold / (1 - threshold))
 
 
-def _cut(values_TE: Tensor, active: float) -> float:
+def cut(values_TE: Tensor, active: float) -> float:
     """The value that a fraction `active` of all exceeds."""
     # kthvalue, since quantile refuses large inputs.
     rank = round((1 - active) * values_TE.numel())
