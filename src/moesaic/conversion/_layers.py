@@ -93,6 +93,8 @@ class Cut:
             num_neurons=self.ffn.width,
             up_FD=self.ffn.up_FD,
             gate_FD=self.ffn.gate_FD,
+            down_DF=self.ffn.down_DF,
+            neurons=lambda h_TD: self.ffn.neurons(h_TD.to(self.ffn.up_FD)).cpu().float(),
             stats=stats,
             seed=seed,
             num_shared=num_shared,

@@ -258,7 +258,8 @@ def _settle_layer(moe: MoELayer, h_TD: Tensor, share: float, config: DSMoE) -> f
     """Put a share of a layer's blocks on and fit its bypass; gives the error left, held out."""
     assert isinstance(moe.router, SigmoidThreshold)
     assert moe.experts is not None
-    sample = Sample.draw(h_TD, moe.experts, config.seed)
+    num_neurons = moe.experts.num_experts * moe.experts.width
+    sample = Sample.draw(h_TD, num_neurons, config.seed)
     move_bias(moe.router, sample.h_TD, share)
     errors = BlockErrors(sample.h_TD, moe.experts)
     weights_TE = moe.router(sample.h_TD).weights_TE()

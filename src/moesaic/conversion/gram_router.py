@@ -71,15 +71,18 @@ class Sample:
     num_train: int
 
     @classmethod
-    def draw(cls, h_TD: Tensor, experts: Experts, seed: int) -> Sample:
+    def draw(cls, h_TD: Tensor, num_neurons: int, seed: int) -> Sample:
         """Draw as many tokens as 512 MB of neurons allow.
+
+        Whatever is fitted to a layer with one seed trains on the same tokens and leaves the same
+        ones to measure on.
 
         Args:
             h_TD: Inputs of the layer, [T, D].
-            experts: Its blocks.
+            num_neurons: Of the layer.
             seed: Of the order.
         """
-        most = _MAX_NEURONS // (experts.num_experts * experts.width)
+        most = _MAX_NEURONS // num_neurons
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(h_TD.shape[0], generator=generator)[:most]
         return cls(h_TD[order].float(), max(1, int(len(order) * (1 - _HELD))))
@@ -133,9 +136,6 @@ class BlockErrors:
             energy.append(y_BD.square().sum(1))
         self._a_TEF = torch.cat(neurons)
         energy_T = torch.cat(energy)
-        median = energy_T.median().clamp(min=torch.finfo(energy_T.dtype).tiny)
-        self.scale_T1 = (energy_T.clamp(min=median) * median).rsqrt().unsqueeze(1)
-        self.own_TE = torch.cat(own) * self.scale_T1
 
     @torch.no_grad()
     def missing(self, tokens_B: Tensor, weights_BE: Tensor) -> Tensor:
@@ -210,12 +210,17 @@ def fit_router(
         The fit on tokens held out of it.
     """
     assert router.bias is not None
-    sample = Sample.draw(h_TD, experts, seed)
+    sample = Sample.draw(h_TD, router.num_experts * experts.width, seed)
     h_TD, num_train = sample.h_TD, sample.num_train
     generator = torch.Generator().manual_seed(seed)
+<<<<<<< HEAD
+=======
+    order, num_train = shuffled_tokens(h_TD.shape[0], num_neurons, generator)
+    h_TD = h_TD[order].float()
+>>>>>>> learned
     errors = BlockErrors(h_TD, experts)
 
-    mean_D, whiten_DD = _whitening(h_TD[:num_train])
+    mean_D, whiten_DD = whitening(h_TD[:num_train])
     x_TD = (h_TD - mean_D) @ whiten_DD
     weight_ED, bias_E = _first_guess(x_TD[:num_train], errors.own_TE[:num_train])
     weight_ED.requires_grad_()
@@ -228,7 +233,7 @@ def fit_router(
         scores_BE = scores_BE - _shift(scores_BE.detach(), active, router.threshold)
         gates_BE = scores_BE.sigmoid()
         saved_BE = errors.savings(tokens_B, gates_BE > router.threshold)
-        price = _cut(saved_BE, active)
+        price = cut(saved_BE, active)
         optimizer.zero_grad()
         ((price - saved_BE) * gates_BE).sum(1).mean().backward()
         optimizer.step()
@@ -269,7 +274,13 @@ def _measure(
     return RouterFit(active, tuple(measured))
 
 
-def _whitening(h_TD: Tensor) -> tuple[Tensor, Tensor]:
+def token_scale(energy_T: Tensor) -> Tensor:
+    """What the squared error of each token is multiplied with, [T, 1]; see `BlockErrors`."""
+    median = energy_T.median().clamp(min=torch.finfo(energy_T.dtype).tiny)
+    return (energy_T.clamp(min=median) * median).rsqrt().unsqueeze(1)
+
+
+def whitening(h_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and symmetric whitening matrix of the inputs; flat directions are left small."""
     mean_D = h_TD.mean(0)
     centred_TD = h_TD - mean_D
@@ -290,10 +301,10 @@ def _first_guess(x_TD: Tensor, energy_TE: Tensor) -> tuple[Tensor, Tensor]:
 
 def _shift(scores_TE: Tensor, active: float, threshold: float) -> float:
     """What to take from all scores so that a fraction `active` of gates exceeds the threshold."""
-    return _cut(scores_TE, active) - math.log(threshold / (1 - threshold))
+    return cut(scores_TE, active) - math.log(threshold / (1 - threshold))
 
 
-def _cut(values_TE: Tensor, active: float) -> float:
+def cut(values_TE: Tensor, active: float) -> float:
     """The value that a fraction `active` of all exceeds."""
     # kthvalue, since quantile refuses large inputs.
     rank = round((1 - active) * values_TE.numel())

@@ -1,5 +1,7 @@
 """FFNs with known groups of neurons, shuffled, and what a partition is worth on them."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,15 +21,24 @@ def statistics(hidden_TF: Tensor, length_F: Tensor) -> dict[str, Tensor]:
     }
 
 
+def gated(gate_FD: Tensor, up_FD: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda h_TD: torch.nn.functional.silu(h_TD @ gate_FD.T) * (h_TD @ up_FD.T)
+
+
 def random_source(num_neurons: int, num_experts: int, seed: int = 0) -> PartitionInput:
     rng = torch.Generator().manual_seed(seed)
     hidden_TF = torch.randn(64, num_neurons, generator=rng)
+    up_FD = torch.randn(num_neurons, 6, generator=rng)
+    gate_FD = torch.randn(num_neurons, 6, generator=rng)
+    stats = statistics(hidden_TF, torch.rand(num_neurons, generator=rng) + 0.5)
     return PartitionInput(
         num_experts=num_experts,
         num_neurons=num_neurons,
-        up_FD=torch.randn(num_neurons, 6, generator=rng),
-        gate_FD=torch.randn(num_neurons, 6, generator=rng),
-        stats=statistics(hidden_TF, torch.rand(num_neurons, generator=rng) + 0.5),
+        up_FD=up_FD,
+        gate_FD=gate_FD,
+        down_DF=torch.randn(6, num_neurons, generator=rng),
+        neurons=gated(gate_FD, up_FD),
+        stats=stats | {"h_TD": torch.randn(64, 6, generator=rng)},
         seed=seed,
     )
 

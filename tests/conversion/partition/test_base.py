@@ -34,6 +34,8 @@ def test_the_input_checks_itself():
         PartitionInput(num_experts=2, num_neurons=8, seed=-1)
     with pytest.raises(InputError, match=r"up_FD .* 8 neurons, got the shape \(6, 8\)"):
         PartitionInput(num_experts=2, num_neurons=8, up_FD=torch.zeros(6, 8))
+    with pytest.raises(InputError, match=r"down_DF .* 8 neurons, got the shape \(8, 6\)"):
+        PartitionInput(num_experts=2, num_neurons=8, down_DF=torch.zeros(8, 6))
     with pytest.raises(InputError, match=r"coactivation_FF must have the shape \(8, 8\)"):
         PartitionInput(num_experts=2, num_neurons=8, stats={"coactivation_FF": torch.zeros(8)})
     with pytest.raises(InputError, match=r"energy_F must have the shape \(8,\), got \(7,\)"):

@@ -22,7 +22,7 @@ _LEVELS = 12
 _STEPS_PER_LEVEL = 3
 
 
-def balanced_assignment(cost_FE: Floats) -> Ints:
+def balanced_assignment(cost_FE: Floats, price_E: Floats | None = None) -> Ints:
     """Assign F neurons to E blocks of F / E neurons each at the least total cost.
 
     Successive shortest paths (Ahuja, Magnanti and Orlin 1993, section 9.7) from a pseudoflow that
@@ -33,6 +33,8 @@ def balanced_assignment(cost_FE: Floats) -> Ints:
 
     Args:
         cost_FE: Finite cost of neuron f in block e; E divides F.
+        price_E: Prices to start from where they are known, as those of Sinkhorn's iterations at a
+            temperature of 1; found by annealing where not.
 
     Returns:
         The block of each neuron, (F,).
@@ -40,7 +42,7 @@ def balanced_assignment(cost_FE: Floats) -> Ints:
     num_neurons, num_experts = cost_FE.shape
     size = num_neurons // num_experts
     assert size * num_experts == num_neurons
-    price_E = _annealed_prices(cost_FE)
+    price_E = _annealed_prices(cost_FE) if price_E is None else price_E.copy()
     label_F: Ints = (cost_FE - price_E).argmin(1).astype(np.int64)
     count_E = np.bincount(label_F, minlength=num_experts)
     hops = _Hops(cost_FE, label_F)

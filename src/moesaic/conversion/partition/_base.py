@@ -1,12 +1,12 @@
 """What every partition takes and returns.
 
-Letters: F neurons of the dense FFN, D model width, E experts, C domains of the text.
+Letters: F neurons of the dense FFN, D model width, E experts, C domains of the text, T tokens.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ COLLECTORS = {
     "adjacency_FF": "adjacency",
     "coactivation_FF": "neurons",
     "energy_F": "neurons",
+    "h_TD": "inputs",
 }
 
 
@@ -34,11 +35,14 @@ class PartitionInput:
         num_neurons: Width F of the FFN.
         up_FD: Rows of the up matrix (the first matrix of a plain FFN), one per neuron.
         gate_FD: Rows of the gate matrix; None for a plain FFN.
+        down_DF: The down matrix, one column per neuron.
+        neurons: Gives the input of the down matrix, [T, F], for inputs of the FFN, [T, D], both in
+            float32 on the CPU.
         stats: Measured on calibration text, for the methods that need it: `coactivation_FF`, the
             mean over tokens of |a_i| |a_j|, with a the input of the down matrix; `activity_F`, the
             mean of |a_j|; `energy_F`, the mean of (a_j ||w_down_j||)^2; `adjacency_FF`, how many
             groups of 8 tokens both neurons were strong in; `activation_importance_CF`, the mean
-            over the tokens of domain c of |a_j dL/da_j|.
+            over the tokens of domain c of |a_j dL/da_j|; `h_TD`, the inputs of the FFN themselves.
         seed: Seeds every random choice.
         num_shared: Blocks at the front that are to be always on. Most methods cut as ever; the
             caller then shares their first blocks.
@@ -48,6 +52,8 @@ class PartitionInput:
     num_neurons: int
     up_FD: Tensor | None = None
     gate_FD: Tensor | None = None
+    down_DF: Tensor | None = None
+    neurons: Callable[[Tensor], Tensor] | None = None
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     num_shared: int = 0
@@ -67,6 +73,13 @@ class PartitionInput:
                     f"{name} must have one row for each of {self.num_neurons} neurons, "
                     f"got the shape {tuple(rows_FD.shape)}"
                 )
+        if self.down_DF is not None and (
+            self.down_DF.ndim != 2 or self.down_DF.shape[1] != self.num_neurons
+        ):
+            raise InputError(
+                f"down_DF must have one column for each of {self.num_neurons} neurons, "
+                f"got the shape {tuple(self.down_DF.shape)}"
+            )
         for name in COLLECTORS.keys() & self.stats.keys():
             got = tuple(self.stats[name].shape)
             # One axis for each letter; there may be any number of domains.

@@ -51,6 +51,14 @@ PARTITIONS = MethodTable(
             abilities=frozenset({"needs:gradients"}),
         ),
         MethodInfo(
+            name="learned",
+            target="moesaic.conversion.partition.learned:learned",
+            config="moesaic.conversion.partition.learned:LearnedConfig",
+            summary="Blocks trained with a router on the error of the output, as in DOT-MoE",
+            paper="DOT-MoE, arXiv:2606.01666",
+            abilities=frozenset({"needs:inputs", "needs:neurons"}),
+        ),
+        MethodInfo(
             name="random",
             target="moesaic.conversion.partition.random:random",
             config="moesaic.conversion.partition.random:RandomConfig",
