@@ -135,7 +135,8 @@ class BlockErrors:
             own.append(own_BE)
             energy.append(y_BD.square().sum(1))
         self._a_TEF = torch.cat(neurons)
-        energy_T = torch.cat(energy)
+        self.scale_T1 = token_scale(torch.cat(energy))
+        self.own_TE = torch.cat(own) * self.scale_T1
 
     @torch.no_grad()
     def missing(self, tokens_B: Tensor, weights_BE: Tensor) -> Tensor:
@@ -213,11 +214,6 @@ def fit_router(
     sample = Sample.draw(h_TD, router.num_experts * experts.width, seed)
     h_TD, num_train = sample.h_TD, sample.num_train
     generator = torch.Generator().manual_seed(seed)
-<<<<<<< HEAD
-=======
-    order, num_train = shuffled_tokens(h_TD.shape[0], num_neurons, generator)
-    h_TD = h_TD[order].float()
->>>>>>> learned
     errors = BlockErrors(h_TD, experts)
 
     mean_D, whiten_DD = whitening(h_TD[:num_train])
