@@ -60,7 +60,8 @@ class DSMoE:
             blocks) or `uniform`.
         router: Threshold, estimator, value and normalisation of the gates.
         bypass: Rank of a linear map of the layer's input that every token takes, fitted to what the
-            blocks that are off leave out; 0 for none. Its weights count into `active`.
+            blocks that are off leave out; 0 for none. If not given, a 48th of the layer's width
+            where routers are fitted. Its weights count into `active`.
         compensate: Whether a block that is off leaves its mean output over the calibration text,
             as FLAP leaves that of removed neurons: each block gets minus its mean as a bias, the
             layer the sum of all means. All gates on is the dense network still.
@@ -79,7 +80,7 @@ class DSMoE:
     router: SigmoidThresholdConfig = field(
         default_factory=lambda: SigmoidThresholdConfig(value="one", normalize="none", bias=True)
     )
-    bypass: int = 0
+    bypass: int | None = None
     compensate: bool = False
     sparse_coef: float = 1.0
     sparse_of: Literal["gates", "straight-through"] = "gates"
@@ -106,7 +107,9 @@ class DSMoE:
                 f"init 'gram' needs active of at least {FRACTIONS[0]}, got {self.active}; raise it "
                 "or use init 'open'"
             )
-        if self.bypass < 0 or (self.bypass and self.init != "gram"):
+        if self.bypass is not None and (
+            self.bypass < 0 or (self.bypass > 0 and self.init != "gram")
+        ):
             raise InputError(
                 f"bypass must be at least 0, and 0 unless init is 'gram', got {self.bypass} with "
                 f"init {self.init!r}"
@@ -123,6 +126,12 @@ class DSMoE:
     def presets(cls) -> dict[str, DSMoE]:
         """Named settings."""
         return PRESETS
+
+    def bypass_rank(self, width: int) -> int:
+        """Rank of the bypass of a layer of so many neurons."""
+        if self.bypass is not None:
+            return self.bypass
+        return width // 48 if self.init == "gram" and self.active < 1.0 else 0
 
     def options_of_partition(self) -> Any:
         """Settings of the partition, checked."""
@@ -216,7 +225,7 @@ def settle(
     fits: list[RouterFit],
     stats: CalibrationStats,
     config: DSMoE,
-    progress: Progress,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Share the budget among the layers, and fit each to its part on what the ones before it give.
 
@@ -263,13 +272,13 @@ def _settle_layer(moe: MoELayer, h_TD: Tensor, share: float, config: DSMoE) -> f
     move_bias(moe.router, sample.h_TD, share)
     errors = BlockErrors(sample.h_TD, moe.experts)
     weights_TE = moe.router(sample.h_TD).weights_TE()
-    added_TD = None
+    added_BD = None
     if moe.bypass is not None:
         train = torch.arange(sample.num_train)
         missing_BD = errors.missing(train, weights_TE[train])
         fit_bypass(moe.bypass, sample.h_TD[train], missing_BD, errors.scale_T1[train])
-        added_TD = moe.bypass(sample.h_TD)[sample.held_B]
-    return errors.error(sample.held_B, weights_TE[sample.held_B], added_TD)
+        added_BD = moe.bypass(sample.h_TD[sample.held_B].to(h_TD.dtype)).float()
+    return errors.error(sample.held_B, weights_TE[sample.held_B], added_BD)
 
 
 def _describe(ffn: FFN, config: DSMoE) -> LayerConfig:
@@ -278,10 +287,11 @@ def _describe(ffn: FFN, config: DSMoE) -> LayerConfig:
     # Of the weights of one neuron.
     neuron = (2 if ffn.gate_FD is None else 3) * dim
     most = min(dim, int((config.active - FRACTIONS[0]) * ffn.width * neuron / (2 * dim)))
-    if config.bypass > most:
+    rank = config.bypass_rank(ffn.width)
+    if rank > most:
         raise InputError(
             f"bypass must be at most {most} for layers of {dim} x {ffn.width} with active="
-            f"{config.active}, got {config.bypass}; lower it or raise active"
+            f"{config.active}, got {rank}; lower it or raise active"
         )
     return expert_layer(
         ffn,
@@ -289,7 +299,7 @@ def _describe(ffn: FFN, config: DSMoE) -> LayerConfig:
         width=ffn.width // config.experts,
         output_bias=config.compensate or ffn.down_bias_D is not None,
         expert_bias=config.compensate,
-        bypass_rank=config.bypass,
+        bypass_rank=rank,
         router="sigmoid-threshold",
         router_options=to_plain(config.router),
     )

@@ -29,12 +29,13 @@ from moesaic.calibration.stats import CalibrationStats
 from moesaic.conversion._active import whole_experts
 from moesaic.conversion._table import CONVERSIONS
 from moesaic.conversion.partition._base import validate_num_experts
-from moesaic.evaluation.activity import dense_ffn_width, layer_shapes
 from moesaic.evaluation.bounds import _common
 from moesaic.evaluation.bounds._common import check_choice, check_fraction, count_kept, remove
+from moesaic.models.ffn import dense_ffn_width
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.layer import moe_layers
 from moesaic.nn.routing import Routing
+from moesaic.nn.shape import layer_shapes
 
 BlockScore = Literal["gram", "norm"]
 
