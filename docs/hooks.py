@@ -3,7 +3,8 @@
 A page asks for them with a comment on a line of its own:
 `<!-- methods: router -->` lists one family and documents each method from its source;
 `<!-- systems -->` lists the published systems, `<!-- architectures -->` the decoders that can be
-converted, `<!-- commands -->` the commands and `<!-- speeds -->` the committed speeds of networks.
+converted, `<!-- commands -->` the commands, `<!-- speeds -->` the committed speeds of networks and
+`<!-- comparison -->` the committed comparison of methods.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from moesaic import catalog
 
 _METHODS = re.compile(r"^<!-- methods: ([a-z-]+) -->$", re.MULTILINE)
-_LIST = re.compile(r"^<!-- (systems|architectures|commands|speeds) -->$", re.MULTILINE)
+_LIST = re.compile(r"^<!-- (systems|architectures|commands|speeds|comparison) -->$", re.MULTILINE)
 # How far from the physical limit a network may be at most, by tokens in a call, at the shapes whose
 # weights no cache holds: what we ask of ourselves.
 BOUND = {1: 1.3, 4: 1.6, 8: 1.6, 64: 1.6, 512: 1.2, 2048: 1.2}
@@ -43,6 +44,7 @@ def render(markdown: str) -> str:
         "architectures": _architectures,
         "commands": _commands,
         "speeds": _speeds,
+        "comparison": _comparison,
     }
     return _LIST.sub(lambda found: lists[found[1]](), markdown)
 
@@ -173,6 +175,11 @@ def _speeds() -> str:
             ),
         ]
     return "\n\n".join(sections)
+
+
+def _comparison() -> str:
+    """Show the report that stands beside the committed results; a test writes it anew."""
+    return (_PACKAGE.parents[1] / "bench" / "results" / "quality" / "report.md").read_text("utf-8")
 
 
 def _speed(cell: dict[str, Any]) -> str:
