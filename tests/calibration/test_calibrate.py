@@ -132,7 +132,7 @@ def test_killed_between_two_files(owner, whole, tmp_path, monkeypatch):
             raise Killed
         return write(path, *args)
 
-    name = {"walk": "_keep", "run": "write_json"}[owner]
+    name = {"walk": "keep", "run": "write_json"}[owner]
     write = getattr({"walk": walk, "run": run}[owner], name)
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr({"walk": walk, "run": run}[owner], name, killed)
