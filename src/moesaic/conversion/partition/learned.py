@@ -54,10 +54,10 @@ class LearnedConfig:
 
     start: str = "coactivation"
     active: float = 0.5
-    steps: int = 200
+    steps: int = 300
     temperature: float = 1.0
-    learning_rate: float = 0.05
-    router_rate: float = 3e-4
+    learning_rate: float = 0.12
+    router_rate: float = 3e-5
 
     def __post_init__(self) -> None:
         PARTITIONS[self.start]
@@ -95,9 +95,7 @@ def learned(source: PartitionInput, config: LearnedConfig) -> Tensor:
     if len(h_TD) == 0:
         raise InputError("h_TD has 0 tokens; calibrate on text")
     num_experts, num_neurons = source.num_experts, source.num_neurons
-    order_F: Tensor = PARTITIONS.load(config.start)(
-        source, PARTITIONS.load_config(config.start)()
-    )
+    order_F: Tensor = PARTITIONS.load(config.start)(source, PARTITIONS.load_config(config.start)())
     if num_experts in (1, num_neurons) or config.steps == 0:
         return order_F
     label_F = torch.empty_like(order_F)
@@ -153,15 +151,17 @@ class _Training:
         spread = ((self.x_TD @ score_DF + self.bias_F) @ hard_FE).std().clamp(min=1e-6)
         self.score_DF = (score_DF * (_SPREAD / spread)).requires_grad_()
         self.bias_F = self.bias_F * (_SPREAD / spread)
-        self.logits_FE = (hard_FE * (math.log(source.num_experts) * config.temperature)).detach()
-        self.logits_FE.requires_grad_()
+        self.lead = math.log(source.num_experts) * config.temperature
+        self.logits_FE = (hard_FE * self.lead).requires_grad_()
         self.price_E = torch.zeros(source.num_experts)
         self.optimizer = torch.optim.Adam(
             [
                 {"params": [self.logits_FE], "lr": config.learning_rate},
                 {"params": [self.score_DF], "lr": config.router_rate},
             ],
-            # Gradients through the plan are far smaller than what Adam's usual constant is for.
+            # Gradients through the plan are far smaller than Adam's usual constant and shrink as it
+            # settles; a long memory of larger ones would freeze it there.
+            betas=(0.9, 0.99),
             eps=1e-15,
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.steps)
@@ -171,9 +171,7 @@ class _Training:
         size, active = len(self.x_TD), self.config.active
         tokens_B = torch.randint(size, (min(_BATCH, size),), generator=self.generator)
         score_BF = self.x_TD[tokens_B] @ self.score_DF + self.bias_F
-        plan_FE, self.price_E = sinkhorn(
-            self.logits_FE / self.config.temperature, self.price_E
-        )
+        plan_FE, self.price_E = sinkhorn(self.logits_FE / self.config.temperature, self.price_E)
         with torch.no_grad():
             sums_BE = _block_sums(score_BF, self.label_F, plan_FE.shape[1])
             sums_BE -= cut(sums_BE, active)
@@ -193,14 +191,14 @@ class _Training:
 
     @torch.no_grad()
     def _harden(self) -> None:
+        # A lead without bound could not be made good before the end.
+        self.logits_FE.clamp_(-self.lead, self.lead)
         cost_FE = -self.logits_FE.double() / self.config.temperature
         label = balanced_assignment(cost_FE.numpy(), self.price_E.double().numpy())
         self.label_F = torch.from_numpy(label)
 
 
-def sinkhorn(
-    logits_FE: Tensor, price_E: Tensor, iterations: int = 3
-) -> tuple[Tensor, Tensor]:
+def sinkhorn(logits_FE: Tensor, price_E: Tensor, iterations: int = 3) -> tuple[Tensor, Tensor]:
     """Relax an assignment: rows sum to 1, columns to F / E.
 
     Sinkhorn's iterations in log space (Cuturi 2013) from given prices, which follow the logits from
