@@ -254,7 +254,8 @@ def gains(
 def _block_sums(value_BF: Tensor, label_F: Tensor, num_experts: int) -> Tensor:
     """Sum over the neurons of every block, [B, E]."""
     order_F = label_F.argsort(stable=True)
-    return value_BF[:, order_F].unflatten(1, (num_experts, -1)).sum(2)
+    sums_BE: Tensor = value_BF[:, order_F].unflatten(1, (num_experts, -1)).sum(2)
+    return sums_BE
 
 
 def _first_scores(x_TD: Tensor, own_TF: Tensor) -> tuple[Tensor, Tensor]:
