@@ -54,10 +54,10 @@ class LearnedConfig:
 
     start: str = "coactivation"
     active: float = 0.5
-    steps: int = 200
+    steps: int = 300
     temperature: float = 1.0
-    learning_rate: float = 0.05
-    router_rate: float = 3e-4
+    learning_rate: float = 0.12
+    router_rate: float = 3e-5
 
     def __post_init__(self) -> None:
         PARTITIONS[self.start]
@@ -151,15 +151,17 @@ class _Training:
         spread = ((self.x_TD @ score_DF + self.bias_F) @ hard_FE).std().clamp(min=1e-6)
         self.score_DF = (score_DF * (_SPREAD / spread)).requires_grad_()
         self.bias_F = self.bias_F * (_SPREAD / spread)
-        self.logits_FE = (hard_FE * (math.log(source.num_experts) * config.temperature)).detach()
-        self.logits_FE.requires_grad_()
+        self.lead = math.log(source.num_experts) * config.temperature
+        self.logits_FE = (hard_FE * self.lead).requires_grad_()
         self.price_E = torch.zeros(source.num_experts)
         self.optimizer = torch.optim.Adam(
             [
                 {"params": [self.logits_FE], "lr": config.learning_rate},
                 {"params": [self.score_DF], "lr": config.router_rate},
             ],
-            # Gradients through the plan are far smaller than what Adam's usual constant is for.
+            # Gradients through the plan are far smaller than Adam's usual constant and shrink as it
+            # settles; a long memory of larger ones would freeze it there.
+            betas=(0.9, 0.99),
             eps=1e-15,
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.steps)
@@ -189,6 +191,8 @@ class _Training:
 
     @torch.no_grad()
     def _harden(self) -> None:
+        # A lead without bound could not be made good before the end.
+        self.logits_FE.clamp_(-self.lead, self.lead)
         cost_FE = -self.logits_FE.double() / self.config.temperature
         label = balanced_assignment(cost_FE.numpy(), self.price_E.double().numpy())
         self.label_F = torch.from_numpy(label)
