@@ -1,6 +1,7 @@
 """Advice before work: what it reads, what it predicts, what it says, and what it leaves."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,8 @@ def test_cells_are_predicted_in_parts(root, tmp_path):
     wide = protocol(root, budgets=[0.5, 0.3], methods={"flap": {"compress": "flap"}})
     few = TrialConfig(first_blocks=1, most_blocks=1)
     assert [p.budget for p in suggest_cells(of, tmp_path, all_cells(of), few)] == [0.5]
+    with pytest.raises(InputError, match="of cells without training, and none is selected"):
+        suggest_cells(of, tmp_path, [replace(cell, trained=True) for cell in all_cells(of)])
     both = suggest_cells(wide, tmp_path, all_cells(wide)[1:], few)
     assert [p.budget for p in both] == [0.5, 0.3]
 
