@@ -88,6 +88,7 @@ def line(method, active, ratio, *, trained=False, seed=0):
         "trained": trained,
         "status": "done",
         "kind": "convert",
+        "static": False,
         "quality": {"ratio": ratio, "ratio_low": ratio, "ratio_high": ratio, "domains": {}},
         "cost": {"active_ffn_fraction": active, "active_parameters": 1},
     }
@@ -96,7 +97,7 @@ def line(method, active, ratio, *, trained=False, seed=0):
 def test_predictions_beside_results():
     protocol = {
         "budgets": [0.75, 0.5],
-        "methods": {"dsmoe": {}, "flap": {}},
+        "methods": {"dsmoe": {"convert": "dsmoe"}, "flap": {"compress": "flap"}},
         "trained": [False, True],
         "train": {"tokens": 1},
     }

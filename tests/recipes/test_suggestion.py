@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,15 +34,16 @@ TRIALS = TrialConfig(first_blocks=4, most_blocks=16, fit_steps=3, fit_tokens=512
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A tiny model that learnt its text, so that what its networks lose is seen."""
+    """A tiny model whose networks alone learnt its text, so that what they lose is seen."""
     root = tmp_path_factory.mktemp("suggestion")
     write_model(root / "dense")
     write_text(root / "text")
     model = AutoModelForCausalLM.from_pretrained(root / "dense")
     text = split(root).train
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(60):
-        ids_BS = torch.from_numpy(text.take(16, seed=int(torch.randint(99, ()))).ids_NS).long()
+    networks = [p for name, p in model.named_parameters() if ".mlp." in name]
+    optimizer = torch.optim.Adam(networks, lr=3e-3)
+    for step in range(60):
+        ids_BS = torch.from_numpy(text.take(16, seed=step).ids_NS).long()
         optimizer.zero_grad()
         model(input_ids=ids_BS, labels=ids_BS).loss.backward()
         optimizer.step()
@@ -98,6 +100,8 @@ def test_cells_are_predicted_in_parts(root, tmp_path):
     wide = protocol(root, budgets=[0.5, 0.3], methods={"flap": {"compress": "flap"}})
     few = TrialConfig(first_blocks=1, most_blocks=1)
     assert [p.budget for p in suggest_cells(of, tmp_path, all_cells(of), few)] == [0.5]
+    with pytest.raises(InputError, match="of cells without training, and none is selected"):
+        suggest_cells(of, tmp_path, [replace(cell, trained=True) for cell in all_cells(of)])
     both = suggest_cells(wide, tmp_path, all_cells(wide)[1:], few)
     assert [p.budget for p in both] == [0.5, 0.3]
 

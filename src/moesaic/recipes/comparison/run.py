@@ -275,7 +275,7 @@ def gather(protocol: Protocol, directories: Sequence[Path]) -> Comparison:
         predictions=[
             prediction
             for prediction in predictions.values()
-            if prediction.method in protocol.methods and prediction.budget in protocol.budgets
+            if any((c.method, c.active) == (prediction.method, prediction.budget) for c in wanted)
         ],
     )
 

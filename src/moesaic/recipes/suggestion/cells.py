@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from moesaic._errors import InputError
 from moesaic._progress import SILENT, Progress
 from moesaic.analysis.suggestion import Prediction
 from moesaic.recipes.claim import claim, held
@@ -33,7 +34,7 @@ def suggest_cells(
     Args:
         protocol: What is compared.
         directory: Of the results.
-        cells: Which to predict; of those that are trained, the same untrained.
+        cells: Which to predict; those that are trained are passed over.
         trials: How much work they are.
         progress: Told of every stage.
 
@@ -45,6 +46,12 @@ def suggest_cells(
     """
     trials = trials or TrialConfig()
     check(protocol)
+    cells = [cell for cell in cells if not cell.trained]
+    if not cells:
+        raise InputError(
+            "predictions are of cells without training, and none is selected; add false to "
+            "protocol.trained or leave out trained=true"
+        )
     wanted = dict.fromkeys((cell.method, cell.active) for cell in cells)
     seed = protocol.seeds[0]
     with held(directory):
