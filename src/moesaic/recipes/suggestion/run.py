@@ -7,15 +7,12 @@ what is predicted of the method at full size, on held-out text.
 
 Why not from the errors of layers alone: to second order the divergence is the sum of s_l * e_l,
 the sensitivity of each layer (`moesaic.calibration.sensitivity`) times the relative error of its
-output. It ranks and shares a budget well, but is no ratio: errors add up over depth. On
-SmolLM2-135M DSMoE's log ratio over that sum rose from 0.7 at 0.75 active to 0.9 at 0.5, 1.4 at
-0.375 and 2.6 at 0.25; which curve another method or model follows, only a forward pass tells.
+output. It ranks and shares a budget well, but is no ratio: errors add up over depth, more than in
+proportion where little is active, and by how much in another method or model only a forward pass
+tells.
 
-How far predictions are off, `moesaic compare --suggest` says of any protocol that was measured. The
-first cells on SmolLM2-135M, 8,192 calibration tokens, 6 to 18 blocks a trial against 24 held-out
-ones, predicted for measured: DSMoE with 32 blocks 1.21 for 1.17 at 0.75 and 2.04 for 1.90 at 0.5,
-FLAP 1.42 for 1.42 and 9.9 for 9.7, TEAL 1.27 for 1.25 at 0.5. Ratios above ten differ from text to
-text by more than 15%, so their predictions do too.
+How far predictions are off, `moesaic compare --suggest` says of any protocol that was measured.
+Large ratios differ more from text to text, so their predictions do too.
 """
 
 from __future__ import annotations
