@@ -9,7 +9,7 @@ Ours, too: training starts from the blocks of another partition. A block's score
 linear scores of its neurons, so a neuron that moves takes its part of the router along. The
 assignment is hardened exactly. What passes straight through is no derivative but the change of the
 error if a neuron moved: at its own block the derivative would count what the block's gate has from
-that very neuron, and nothing would move. Inputs are whitened, tokens weighed and the budget priced
+that very neuron, and hold it there. Inputs are whitened, tokens weighed and the budget priced
 as in `moesaic.conversion.gram_router`, which fits the router that is kept.
 
 Letters: T tokens, B tokens of a batch, F neurons of the dense FFN, D model width, E experts.
@@ -48,13 +48,14 @@ class LearnedConfig:
         active: Fraction of blocks that is on in training; the fraction the model is to run at.
         steps: Adam steps of 512 tokens; 0 keeps the start.
         temperature: Of Sinkhorn's relaxation. Higher spreads the gradient over more blocks.
-        learning_rate: Of the assignment; a neuron's own block starts log(E) ahead of the others.
+        learning_rate: Of the assignment, in logits, where a neuron's block starts log(E) times the
+            temperature ahead. A few blocks bear more; with many, noise moves neurons.
         router_rate: Learning rate of the scores that stand for the router.
     """
 
     start: str = "coactivation"
     active: float = 0.5
-    steps: int = 300
+    steps: int = 150
     temperature: float = 1.0
     learning_rate: float = 0.12
     router_rate: float = 3e-5
