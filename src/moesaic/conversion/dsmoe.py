@@ -84,7 +84,7 @@ class DSMoE:
     compensate: bool = False
     sparse_coef: float = 1.0
     sparse_of: Literal["gates", "straight-through"] = "gates"
-    fit_steps: int = 300
+    fit_steps: int = 150
     seed: int = 0
 
     def __post_init__(self) -> None:
