@@ -110,6 +110,7 @@ def _table_4(seeds: Seeds) -> Verdict:
     active = _mean(seeds, lambda s: [point["active"] for point in s[OURS]["sweep"]])
     losses = _mean(seeds, lambda s: [point["loss"] for point in s[OURS]["sweep"]])
     steps = -np.diff(active)
+    one_rate = _mean(seeds, lambda s: [point["active"] for point in s["one rate"]["sweep"]])
     return {
         "Table 4: the count falls by degrees as the threshold rises": bool(
             min(steps) > 0 and max(steps) < 1 and max(active) < 7.5 and min(active) > 0.5
@@ -118,7 +119,8 @@ def _table_4(seeds: Seeds) -> Verdict:
     }, (
         f"Table 4: from a threshold of {thresholds[0]} to {thresholds[-1]} active blocks go from "
         f"{active[0]:.2f} to {active[-1]:.2f} of 8, by {max(steps):.2f} in the largest step, and "
-        f"the loss from {losses[0]:.3f} to {losses[-1]:.3f}."
+        f"the loss from {losses[0]:.3f} to {losses[-1]:.3f}; with one rate for all weights blocks "
+        f"go from {one_rate[0]:.2f} to {one_rate[-1]:.2f}, by {max(-np.diff(one_rate)):.2f}."
     )
 
 
