@@ -8,9 +8,9 @@ loss (Table 1). The dense model is trained on too. One model of each seed gives 
 
 The sparsity coefficient is the paper's constant of one, so the count of active blocks is emergent.
 What differs is the rate of the routers, chosen so that a sweep over thresholds is graded as in the
-paper. `one rate` trains all weights at one, as the paper does for hundreds of times as many steps: in
-ours gates stay at the threshold, where they start and where the sparsity loss lets go of those that
-sink, and no other threshold tells them apart.
+paper. `one rate` trains all weights at one, as the paper does for hundreds of times as many steps.
+In our few, gates stay at the threshold: there they start, and there the sparsity loss lets go of
+those that sink, so that no other threshold tells them apart.
 """
 
 from __future__ import annotations

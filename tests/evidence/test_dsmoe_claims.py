@@ -1,23 +1,16 @@
 """The claims of the DSMoE paper are held to hand-made numbers, one broken at a time."""
 
 import copy
-import importlib
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 THRESHOLDS = (0.2, 0.5, 0.8)
 COUNTS = (2, 3)
 
 
 @pytest.fixture
-def claims(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    yield importlib.import_module("evidence._dsmoe_claims")
-    for name in [name for name in sys.modules if name.split(".")[0] == "evidence"]:
-        del sys.modules[name]
+def claims(evidence):
+    return evidence("_dsmoe_claims")
 
 
 def counted(loss, active, at):
@@ -45,6 +38,7 @@ def seed(number, shift=0.0):
         "seed": number,
         "dense": {"loss": 1.4},
         "straight-through": ours,
+        "one rate": {"sweep": [{"active": a} for a in (8.0, 3.0, 0.5)]},
         "hard": counted(1.8, 3.6, (1.9, 1.85)),
         "soft": counted(2.5, 0.1, (2.2, 2.1)),
         "top-3": {"loss": 1.55},
@@ -71,6 +65,7 @@ def test_all_claims_come_out(claims, results):
     assert "1.540 and softmax top-3 1.550 (straight-through lower in 1 of 2 seeds)" in sentence
     # Steps of 0.6 and 0.7.
     assert "from 3.80 to 2.50 of 8, by 0.70 in the largest step" in sentence
+    assert "with one rate for all weights blocks go from 8.00 to 0.50, by 5.00." in sentence
     assert "from 1000 to 3000 tokens the loss goes from 1.700 to 1.500" in sentence
     assert "falling in 1 of 2 steps" in sentence
     # Means over the two kinds of text; 19 / 6 and 13 / 6 over layers.
