@@ -35,8 +35,8 @@ EXPERTS, TARGET, LAYERS, DIM, WIDTH = 8, 3, 6, 64, 256
 BATCH, LENGTH, POINTS = 4, 128, 6
 SPARSE_COEF, RATE = 1.0, 3e-4
 # In trials of 400 steps of 1024 bytes, blocks by thresholds from 0.2 to 0.8 went from 7.0 to 0.8 at
-# a rate of 0.1 and from 2.9 to 2.8 at 0.3, where gates saturate. A rate of 0.01 suits top-3 as well as
-# 0.001 does and better than 0.1.
+# a rate of 0.1 and from 2.9 to 2.8 at 0.3, where gates saturate. A rate of 0.01 suits top-3 as well
+# as 0.001 does and better than 0.1.
 ROUTER_RATE = {
     "straight-through": 0.13,
     "one rate": RATE,
