@@ -4,7 +4,8 @@ A page asks for them with a comment on a line of its own:
 `<!-- methods: router -->` lists one family and documents each method from its source;
 `<!-- systems -->` lists the published systems, `<!-- architectures -->` the decoders that can be
 converted, `<!-- commands -->` the commands, `<!-- speeds -->` the committed speeds of networks and
-`<!-- comparison -->` the committed comparison of methods.
+`<!-- comparison -->` the committed comparison of methods; `<!-- evidence -->` shows the committed
+results of working systems and `<!-- dsmoe -->` the tables of the one for DSMoE.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import Any
 from moesaic import catalog
 
 _METHODS = re.compile(r"^<!-- methods: ([a-z-]+) -->$", re.MULTILINE)
-_LIST = re.compile(r"^<!-- (systems|architectures|commands|speeds|comparison) -->$", re.MULTILINE)
+_LIST = re.compile(
+    r"^<!-- (systems|architectures|commands|speeds|comparison|evidence|dsmoe) -->$", re.MULTILINE
+)
 # How far from the physical limit a network may be at most, by tokens in a call, at the shapes whose
 # weights no cache holds: what we ask of ourselves.
 BOUND = {1: 1.3, 4: 1.6, 8: 1.6, 64: 1.6, 512: 1.2, 2048: 1.2}
@@ -45,6 +48,8 @@ def render(markdown: str) -> str:
         "commands": _commands,
         "speeds": _speeds,
         "comparison": _comparison,
+        "evidence": _evidence,
+        "dsmoe": _dsmoe,
     }
     return _LIST.sub(lambda found: lists[found[1]](), markdown)
 
@@ -196,6 +201,115 @@ def _is_large(cell: dict[str, Any]) -> bool:
 def _times_roof(cell: dict[str, Any]) -> float:
     (ours,) = (row["median_ms"] for row in cell["rows"] if row["method"] == "moesaic")
     return float(ours / cell["roof_ms"])
+
+
+def _evidence() -> str:
+    """Show what the evidence script of every working system found."""
+    sections = []
+    for system in catalog.systems():
+        if system.evidence is None:
+            continue
+        record = _record(system.evidence)
+        machine = record["machine"]
+        sections += [
+            f"### {system.name}",
+            f"{record['sentence']}",
+            _rows(
+                ("claim", "came out"),
+                ((claim, "yes" if true else "**no**") for claim, true in record["holds"].items()),
+            ),
+            f"`{system.evidence}`: {len(record['results']['seeds'])} seeds; {machine['cpu']}, "
+            f"{machine['threads']} thread, torch {machine['torch']}; {record['date']}, commit "
+            f"{record['commit'][:7]}.",
+        ]
+    return "\n\n".join(sections)
+
+
+def _dsmoe() -> str:
+    """Tabulate the evidence for DSMoE as its paper does; entries are means over seeds."""
+    (path,) = (s.evidence for s in catalog.systems() if s.id == "dsmoe" and s.evidence)
+    record = _record(path)
+    seeds, experts = record["results"]["seeds"], record["config"]["experts"]
+    ours = [seed["straight-through"] for seed in seeds]
+    ways = [way for way, found in seeds[0].items() if isinstance(found, dict)]
+    counts = [point["count"] for point in ours[0]["counts"]]
+    return "\n\n".join(
+        [
+            "### Tables 1 and 3, Figure 2: every way at the same count",
+            _rows(
+                ("trained as", "loss", f"active of {experts}", *(f"at {c:g}" for c in counts)),
+                (
+                    (
+                        way,
+                        _over_seeds([seed[way]["loss"] for seed in seeds], 3),
+                        _over_seeds([seed[way]["active"] for seed in seeds], 2),
+                        *(
+                            _over_seeds([seed[way]["counts"][n]["loss"] for seed in seeds], 3)
+                            if "counts" in seeds[0][way]
+                            else ""
+                            for n in range(len(counts))
+                        ),
+                    )
+                    for way in ways
+                ),
+            ),
+            "### Table 4: one model at several thresholds",
+            _rows(
+                ("threshold", "loss", f"active of {experts}"),
+                (
+                    (
+                        f"{points[0]['threshold']:g}",
+                        _over_seeds([point["loss"] for point in points], 3),
+                        _over_seeds([point["active"] for point in points], 2),
+                    )
+                    for points in zip(*(found["sweep"] for found in ours), strict=True)
+                ),
+            ),
+            "### Tables 5 and 6: loss against tokens",
+            _rows(
+                ("tokens", *ways, f"active of {experts} (straight-through)"),
+                (
+                    (
+                        f"{points['tokens']:,}",
+                        *(
+                            _over_seeds([seed[way]["curve"][n]["loss"] for seed in seeds], 3)
+                            for way in ways
+                        ),
+                        _over_seeds([found["curve"][n]["active"] for found in ours], 2),
+                    )
+                    for n, points in enumerate(ours[0]["curve"])
+                ),
+            ),
+            "### Figure 3: active blocks by layer and kind of text",
+            _rows(
+                ("layer", *ours[0]["layers"]),
+                (
+                    (
+                        str(layer),
+                        *(
+                            _over_seeds([found["layers"][text][layer] for found in ours], 2)
+                            for text in ours[0]["layers"]
+                        ),
+                    )
+                    for layer in range(record["config"]["layers"])
+                ),
+            ),
+        ]
+    )
+
+
+def _over_seeds(values: list[float], digits: int) -> str:
+    """Give the mean, and the least and the largest."""
+    mean = sum(values) / len(values)
+    if min(values) == max(values):
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def _record(path: str) -> dict[str, Any]:
+    """Read a committed result of an evidence script."""
+    record: dict[str, Any] = json.loads((_PACKAGE.parents[1] / path).read_text("utf-8"))
+    return record
 
 
 def _rows(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

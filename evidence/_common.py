@@ -80,15 +80,20 @@ def optimise(
     steps: int,
     rate: float,
     after: Callable[[int, list[Any]], None] | None = None,
+    router_rate: float | None = None,
 ) -> None:
-    """Train all weights with AdamW along a cosine; `after` sees the routing of every step."""
+    """Train all weights with AdamW along a cosine; `after` sees the routing of every step.
+
+    With `router_rate` the routers learn at a rate of their own and without weight decay.
+    """
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    groups = _groups(model, rate, router_rate)
+    rates = [group["lr"] for group in groups]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = (
-                rate * min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-            )
+        factor = min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+        for group, full in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = full * factor
         ids_BS = draw()
         with record_routing(model) as routings:
             loss = model(input_ids=ids_BS, labels=ids_BS).loss
@@ -99,6 +104,17 @@ def optimise(
         if after is not None:
             after(step, routings)
     model.eval()
+
+
+def _groups(model: Any, rate: float, router_rate: float | None) -> list[dict[str, Any]]:
+    if router_rate is None:
+        return [{"params": list(model.parameters()), "lr": rate}]
+    routers = [p for name, p in model.named_parameters() if ".router." in name]
+    others = [p for name, p in model.named_parameters() if ".router." not in name]
+    groups: list[dict[str, Any]] = [{"params": others, "lr": rate}]
+    if routers:
+        groups.append({"params": routers, "lr": router_rate, "weight_decay": 0.0})
+    return groups
 
 
 @torch.no_grad()

@@ -1,8 +1,6 @@
 """Evidence scripts run, and committed results say what their numbers say."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +10,8 @@ NAMES = ("adamoe", "dsmoe", "dynamic_routing_top_p", "sonicmoe")
 
 
 @pytest.fixture
-def script(request, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    yield importlib.import_module(f"evidence.{request.param}")
-    for name in [name for name in sys.modules if name.split(".")[0] == "evidence"]:
-        del sys.modules[name]
+def script(request, evidence):
+    return evidence(request.param)
 
 
 @pytest.mark.slow
