@@ -172,9 +172,9 @@ def test_a_training_step_reaches_every_part(router):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_experts": -1}, r"must be at least 0, got -1, 5 and 0"),
-        ({"width": -5}, r"must be at least 0, got 6, -5 and 0"),
-        ({"shared_width": -2}, r"must be at least 0, got 6, 5 and -2"),
+        ({"num_experts": -1}, r"must be at least 0, got -1, 5, 0, 0"),
+        ({"width": -5}, r"must be at least 0, got 6, -5, 0, 0"),
+        ({"shared_width": -2}, r"must be at least 0, got 6, 5, -2, 0"),
         ({"router": ""}, r"a layer of 6 experts needs a router; name one"),
         ({"router": "top-q"}, r"router 'top-q' is unknown; did you mean top-p"),
         ({"experts": "gate"}, r"experts 'gate' is unknown; did you mean gated"),

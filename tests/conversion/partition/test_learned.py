@@ -41,7 +41,7 @@ def topics(num_groups, size, seed=0):
 @pytest.mark.parametrize("seed", range(4))
 def test_topics_are_recovered_from_a_bad_start(seed):
     source, truth = topics(4, 6, seed)
-    config = LearnedConfig(start="contiguous", active=0.25, steps=300, learning_rate=0.3)
+    config = LearnedConfig(start="contiguous", active=0.25, steps=300, learning_rate=0.5)
     assert blocks(torch.arange(24), 4) != truth
     assert blocks(learned(source, config), 4) == truth
 
