@@ -1,8 +1,9 @@
 """DSMoE: a pretrained feed-forward network cut into blocks that each token switches on or off.
 
 Source: DSMoE, arXiv 2502.12455, section 3. Ours, each its own setting: the order of neurons before
-the cut (a permutation, which changes nothing), routers fitted to the Grams of block outputs, and
-weights of one without the count normalisation, with which an open router is the dense model.
+the cut (a permutation, which changes nothing), routers fitted to the Grams of block outputs, a
+linear bypass for what is off, and weights of one without the count normalisation, with which an
+open router is the dense model.
 
 Shapes: F neurons of the network, D model width, E experts.
 """
