@@ -8,6 +8,7 @@ import torch
 from evaluation_cases import DIM, LAYERS, WIDTH, convert, dense_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from moesaic._errors import InputError
 from moesaic.calibration import CalibrationConfig, calibrate
@@ -19,6 +20,7 @@ from moesaic.evaluation.bounds.block_bound import BlockBound, select_blocks
 from moesaic.evaluation.bounds.neuron_bound import NeuronBound
 from moesaic.models.architectures import ARCHITECTURES, architecture_of
 from moesaic.models.ffn import decoder_layers, read_ffn
+from moesaic.nn.bypass import Bypass
 from moesaic.nn.layer import moe_layers, record_routing
 from moesaic.nn.routing import Routing
 from moesaic.ops.weights import activation
@@ -199,6 +201,20 @@ def test_everything_kept_is_the_dense_model(blocks):
         with block_bound(model, 1.0, by=by) as fraction:
             torch.testing.assert_close(logits(model, blocks), whole, rtol=1e-4, atol=1e-4)
         assert fraction == 1.0
+
+
+def test_a_bypass_is_no_part_of_the_bound_on_blocks(blocks):
+    whole = logits(dense_model(), blocks)
+    model = convert(dense_model(), experts=4, value="gate", normalize="count")
+    bypasses = []
+    for layer in moe_layers(model):
+        layer.bypass = Bypass(DIM, 2)
+        nn.init.normal_(layer.bypass.up_proj.weight)
+        bypasses.append(layer.bypass)
+    with block_bound(model, 1.0):
+        torch.testing.assert_close(logits(model, blocks), whole, rtol=1e-4, atol=1e-4)
+    assert not any(bypass._forward_hooks for bypass in bypasses)
+    assert not torch.allclose(logits(model, blocks), whole, atol=1e-3)
 
 
 @pytest.mark.parametrize("by", ["gram", "norm", "contribution", "gate"])

@@ -130,11 +130,7 @@ def bound_blocks(
     )
     shapes = layer_shapes(model, dense_ffn_width(model.config))
     kept = [
-        shape.num_experts
-        and min(
-            max(1, round((config.active * shape.dense_width - shape.shared_width) / shape.width)),
-            shape.num_experts,
-        )
+        shape.num_experts and max(1, round(shape.experts_on(config.active) * shape.num_experts))
         for shape in shapes
     ]
     _keep(model, [count for count in kept if count], config.by)
@@ -149,7 +145,8 @@ def block_bound(
     """Keep, for every token, the best blocks of a converted model while the block lasts.
 
     The routing is replaced, so that everything that reads it sees the bound: the activity that
-    `evaluate_perplexity` measures is that of the bound. Kept blocks have weight one.
+    `evaluate_perplexity` measures is that of the bound. Kept blocks have weight one; a bypass adds
+    nothing.
 
     Args:
         model: A converted model with routers; unchanged afterwards.
@@ -191,10 +188,18 @@ def _routed(model: PreTrainedModel) -> Sequence[tuple[nn.Module, Experts]]:
 def _keep(model: PreTrainedModel, kept: Sequence[int], by: BlockScore) -> list[RemovableHandle]:
     """Put the hooks in place: so many blocks in each layer that has routers."""
     check_choice("by", by, ("gram", "norm"))
-    return [
+    handles = [
         router.register_forward_hook(_best_blocks(experts, count, by))
         for (router, experts), count in zip(_routed(model), kept, strict=True)
     ]
+    # A bypass was fitted to what another choice leaves out.
+    bypasses = [layer.bypass for layer in moe_layers(model) if layer.bypass is not None]
+    return handles + [bypass.register_forward_hook(_nothing) for bypass in bypasses]
+
+
+def _nothing(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    """Add nothing."""
+    return torch.zeros_like(out)
 
 
 def _best_blocks(experts: Experts, num_kept: int, by: BlockScore) -> Callable[..., Routing]:
