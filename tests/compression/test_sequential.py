@@ -42,7 +42,7 @@ def test_killed_between_a_layer_and_its_outputs(stats, tmp_path, monkeypatch):
     """The layer is on disk, the states behind it are not: it is not pruned a second time."""
     config = Wanda(active=0.5)
     whole, _ = prune_wanda(dense_model(DEEP), stats, config)
-    keep = walk._keep
+    keep = walk.keep
 
     def killed(store, num_done, hidden_NSD):
         if num_done == 2:
@@ -51,7 +51,7 @@ def test_killed_between_a_layer_and_its_outputs(stats, tmp_path, monkeypatch):
 
     store = tmp_path / "store"
     with monkeypatch.context() as patch:
-        patch.setattr(walk, "_keep", killed)
+        patch.setattr(walk, "keep", killed)
         with pytest.raises(Killed):
             prune_wanda(dense_model(DEEP), stats, config, store=store)
     assert sorted(file.name for file in store.iterdir()) == [

@@ -22,7 +22,7 @@ from moesaic._progress import SILENT, Progress
 from moesaic.calibration.stats import CalibrationStats
 from moesaic.conversion.partition._base import COLLECTORS, PartitionInput
 from moesaic.conversion.partition._table import PARTITIONS
-from moesaic.models.architectures import ARCHITECTURES, architecture_of
+from moesaic.models.architectures import dense_architecture
 from moesaic.models.ffn import FFN, decoder_layers, fill_experts, put_layer, read_ffn
 from moesaic.models.modeling import adopt
 from moesaic.nn.layer import LayerConfig, MoELayer
@@ -154,9 +154,7 @@ def convert_layers(
     Raises:
         InputError: Before the model is touched, if the method does not fit it or the statistics.
     """
-    row = architecture_of(model.config.model_type)
-    if model.config.model_type not in ARCHITECTURES:
-        raise InputError("the model is converted already; give its dense parent")
+    row = dense_architecture(model.config.model_type)
     layers = decoder_layers(model)
     activation = getattr(model.config, row.activation)
     dim = model.config.hidden_size

@@ -125,3 +125,15 @@ def architecture_of(model_type: str) -> Architecture:
             "moesaic/models/architectures.py"
         )
     return ARCHITECTURES[dense_type]
+
+
+def dense_architecture(model_type: str) -> Architecture:
+    """Find the row of a dense model type.
+
+    Raises:
+        InputError: If there is none, or the type is a converted one.
+    """
+    row = architecture_of(model_type)
+    if model_type not in ARCHITECTURES:
+        raise InputError("the model is converted already; give its dense parent")
+    return row

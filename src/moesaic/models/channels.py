@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moesaic._errors import InputError
+from moesaic.models.architectures import dense_architecture
 
 # Decoders whose heads have a size beside the width. The others here derive one from the other
 # (GPT-2, GPT-NeoX, OPT), check rotary factors against it (Phi-3), or scale embeddings by its root
@@ -29,12 +30,13 @@ def check_narrowable(config: Any, *, by: str) -> None:
     """Refuse a model that is no ordinary model any more with fewer channels.
 
     Args:
-        config: Of a dense model of a known architecture.
+        config: Of a model of a known architecture.
         by: Who wants to remove channels.
 
     Raises:
-        InputError: Naming the architectures that work.
+        InputError: If it is converted already; or naming the architectures that work.
     """
+    dense_architecture(config.model_type)
     if config.model_type not in NARROWABLE:
         raise InputError(
             f"{by} cannot remove channels of {config.model_type}, whose config ties "

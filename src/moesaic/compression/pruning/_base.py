@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from moesaic._config import to_plain
 from moesaic._errors import InputError
 from moesaic.calibration.stats import CalibrationStats
-from moesaic.models.architectures import ARCHITECTURES, Architecture, architecture_of
+from moesaic.models.architectures import Architecture, architecture_of, dense_architecture
 from moesaic.models.ffn import FFN, decoder_layers, put_layer, read_ffn
 from moesaic.models.modeling import adopt
 from moesaic.nn.layer import LayerConfig, MoELayer
@@ -52,9 +52,7 @@ def check_measured(
     Raises:
         InputError: Naming what is wrong and the remedy.
     """
-    architecture_of(model.config.model_type)
-    if model.config.model_type not in ARCHITECTURES:
-        raise InputError("the model is converted already; give its dense parent")
+    dense_architecture(model.config.model_type)
     if stats is None:
         raise InputError(f"{by} needs calibration of {', '.join(collectors)}")
     stats.require(*collectors, by=by, num_layers=len(decoder_layers(model)))
