@@ -38,11 +38,11 @@ def fit_bypass(bypass: Bypass, h_BD: Tensor, missing_BD: Tensor, scale_B1: Tenso
     values_D, vectors_DD = torch.linalg.eigh(cov_DD)
     values_D = values_D.clamp(min=0) + 1e-2 * values_D.mean() + 1e-12
     whiten_DD = vectors_DD * values_D.rsqrt()
-    # Whitened inputs have covariance W' C W; close to the identity.
-    inner_DD = whiten_DD.T @ cov_DD @ whiten_DD
-    inner_DD.diagonal().add_(_RIDGE)
-    map_DD = torch.linalg.solve(inner_DD, whiten_DD.T @ cross_DD)
-    explained_DD = map_DD.T @ (whiten_DD.T @ cov_DD @ whiten_DD) @ map_DD
+    # Covariance of the whitened inputs, close to the identity.
+    white_DD = whiten_DD.T @ cov_DD @ whiten_DD
+    ridge_DD = _RIDGE * torch.eye(len(white_DD), dtype=white_DD.dtype, device=white_DD.device)
+    map_DD = torch.linalg.solve(white_DD + ridge_DD, whiten_DD.T @ cross_DD)
+    explained_DD = map_DD.T @ white_DD @ map_DD
     best_DR = torch.linalg.eigh(explained_DD).eigenvectors[:, -bypass.rank :]
     down_DR = whiten_DD @ map_DD @ best_DR
     bypass.down_proj.weight.copy_(down_DR.T)

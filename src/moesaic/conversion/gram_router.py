@@ -33,8 +33,6 @@ from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 FRACTIONS = tuple(round(0.05 * step, 2) for step in range(2, 21))
 # Floats of the neurons of all tokens: bounds them to 512 MB.
 _MAX_NEURONS = 1 << 27
-# Floats of the block outputs of a few tokens.
-_MAX_OUTPUTS = 1 << 24
 _BATCH = 512
 _LEARNING_RATE = 3e-3
 # Part of the tokens that sets the final shift and measures the fit.
@@ -114,13 +112,12 @@ class BlockErrors:
     def __init__(self, h_TD: Tensor, experts: Experts) -> None:
         weights = experts.weights()
         down_EFD = weights.down.float().transpose(1, 2).contiguous()
-        num_experts, _, dim = down_EFD.shape
         self.down_MD = down_EFD.flatten(0, 1)
         self.bias_ED = None if weights.down_bias is None else weights.down_bias.float()
         # The squared length of a block's output, from its neurons alone.
         gram_EFF = torch.bmm(down_EFD, down_EFD.transpose(1, 2))
         neurons, own, energy = [], [], []
-        for h_BD in h_TD.split(max(_BATCH, _MAX_OUTPUTS // (num_experts * dim))):
+        for h_BD in h_TD.split(_BATCH):
             a_BEF = block_neurons(h_BD.to(weights.up.dtype), weights)
             a_EBF = a_BEF.transpose(0, 1)
             along_EBF = torch.bmm(a_EBF, gram_EFF)
