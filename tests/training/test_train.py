@@ -11,7 +11,7 @@ from model_cases import Case, converted, dense_model, random_ids, same_state
 from moesaic._errors import InputError
 from moesaic.conversion.dsmoe import DSMoE, convert_dsmoe
 from moesaic.nn.layer import moe_layers
-from moesaic.training import TrainConfig, train
+from moesaic.training import TrainConfig, train, trainer
 from moesaic.training.run import METRICS, clean
 from moesaic.training.teacher import ask_teacher
 
@@ -79,6 +79,36 @@ def test_an_interrupted_training_goes_on_to_the_bit(stop_after, tmp_path):
             Watch(stop_after * 2 * BLOCK - 1),
         )
     again, same = train(start(), make_text(), settings(), tmp_path / "cut")
+    assert same == results
+    same_state(whole, again)
+
+
+@pytest.mark.parametrize("trains", ["ffn", "lora"])
+def test_mixed_precision_multiplies_in_half_and_keeps_whole_weights(trains, tmp_path, monkeypatch):
+    asked = []
+    ask = trainer.ask_teacher
+    monkeypatch.setattr(
+        trainer, "ask_teacher", lambda *args, **kw: asked.append(ask(*args, **kw)) or asked[-1]
+    )
+    options = {"trains": trains, "match": 1.0, "learning_rate": 0.0, "router_learning_rate": 0.0}
+    _, whole = train(start(), make_text(), settings(**options), tmp_path / "whole")
+    halves = settings(**options, mixed_precision="bfloat16")
+    model, half = train(start(), make_text(), halves, tmp_path / "half")
+    assert [out.logits.dtype for out in asked] == [torch.float32] * 4 + [torch.bfloat16] * 4
+    for (name, p), q in zip(model.named_parameters(), start().parameters(), strict=True):
+        assert p.dtype == torch.float32
+        torch.testing.assert_close(p, q, msg=name)
+    for x, y in zip(whole["log"], half["log"], strict=True):
+        assert x["active"] == y["active"], "routers decide in float32"
+        assert x["match"] == y["match"] == 0.0, "an open model computes as its teacher does"
+
+
+def test_mixed_precision_goes_on_to_the_bit(tmp_path):
+    halves = settings(mixed_precision="bfloat16")
+    whole, results = train(start(), make_text(), halves, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(start(), make_text(), halves, tmp_path / "cut", Watch(2 * 2 * BLOCK - 1))
+    again, same = train(start(), make_text(), halves, tmp_path / "cut")
     assert same == results
     same_state(whole, again)
 

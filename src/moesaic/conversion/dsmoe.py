@@ -31,7 +31,6 @@ from moesaic.conversion.bypass_fit import fit_bypass
 from moesaic.conversion.gram_router import (
     FRACTIONS,
     BlockErrors,
-    RouterFit,
     Sample,
     fit_router,
     move_bias,
@@ -201,11 +200,11 @@ def fit_dsmoe(
     *,
     store: Path | None = None,
     progress: Progress = SILENT,
-) -> list[RouterFit]:
+) -> list[tuple[float, ...]]:
     """Convert as `convert_dsmoe` does, and leave every router at the fraction it was fitted to.
 
     Returns:
-        How the router of every layer does; none if routers are not fitted.
+        Per layer, its error with each of `FRACTIONS` on; none if routers are not fitted.
     """
     kept = convert_layers(
         model,
@@ -218,12 +217,12 @@ def fit_dsmoe(
         store=store,
         progress=progress,
     )
-    return [_read_fit(tensors) for tensors in kept if tensors]
+    return [tuple(tensors["errors"].tolist()) for tensors in kept if tensors]
 
 
 def settle(
     model: PreTrainedModel,
-    fits: list[RouterFit],
+    fits: list[tuple[float, ...]],
     stats: CalibrationStats,
     config: DSMoE,
     progress: Progress = SILENT,
@@ -246,8 +245,7 @@ def settle(
     width = dense_ffn_width(model.config)
     shares = [shape.experts_on(config.active) for shape in layer_shapes(model, width)]
     if config.allocation == "sensitivity":
-        errors = [fit.errors for fit in fits]
-        shares = allocate(stats.sensitivity, errors, FRACTIONS, sum(shares) / len(shares))
+        shares = allocate(stats.sensitivity, fits, FRACTIONS, sum(shares) / len(shares))
     layers = moe_layers(model)
     ids_NS = stats.whole()["tokens.ids_NS"].long()
     left = [
@@ -313,12 +311,8 @@ def _convert_layer(cut: Cut, config: DSMoE) -> dict[str, Tensor]:
     cut.fill(cut.partition(config.partition, options, config.experts, seed))
     if config.compensate:
         _compensate(cut)
-    fit = _start_router(cut, seed, config)
-    if fit is None:
-        return {}
-    return {
-        name: torch.tensor(getattr(fit, name), dtype=torch.float64) for name in ("active", "errors")
-    }
+    errors = _start_router(cut, seed, config)
+    return {} if errors is None else {"errors": torch.tensor(errors, dtype=torch.float64)}
 
 
 def _compensate(cut: Cut) -> None:
@@ -339,12 +333,8 @@ def _compensate(cut: Cut) -> None:
     cut.moe.output_bias.copy_(total_D)
 
 
-def _read_fit(tensors: Mapping[str, Tensor]) -> RouterFit:
-    return RouterFit(float(tensors["active"]), tuple(tensors["errors"].tolist()))
-
-
-def _start_router(cut: Cut, seed: int, config: DSMoE) -> RouterFit | None:
-    """Give a router its first weights."""
+def _start_router(cut: Cut, seed: int, config: DSMoE) -> tuple[float, ...] | None:
+    """Give a router its first weights; what a fitted one loses with each of `FRACTIONS` on."""
     router, experts = cut.moe.router, cut.moe.experts
     assert isinstance(router, SigmoidThreshold)
     assert experts is not None

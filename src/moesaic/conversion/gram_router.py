@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,23 +36,6 @@ _BATCH = 512
 _LEARNING_RATE = 3e-3
 # Part of the tokens that sets the final shift and measures the fit.
 _HELD = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class RouterFit:
-    """How a fitted router does on tokens that it was not trained on.
-
-    Attributes:
-        active: Share of the experts that is on.
-        errors: Relative squared error of the layer's output with each of `FRACTIONS` on.
-    """
-
-    active: float
-    errors: tuple[float, ...]
-
-    def error(self) -> float:
-        """Error at the fraction that the router was fitted to."""
-        return float(np.interp(self.active, FRACTIONS, self.errors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +175,7 @@ def fit_router(
     *,
     steps: int,
     seed: int,
-) -> RouterFit:
+) -> tuple[float, ...]:
     """Train a layer's router, in place, to lose least at an active fraction.
 
     Args:
@@ -205,7 +187,8 @@ def fit_router(
         seed: Of the batches.
 
     Returns:
-        The fit on tokens held out of it.
+        Relative squared error of the layer's output with each of `FRACTIONS` on, on tokens held out
+        of the fit.
     """
     assert router.bias is not None
     sample = Sample.draw(h_TD, router.num_experts * experts.width, seed)
@@ -238,7 +221,7 @@ def fit_router(
         folded_ED = weight_ED @ whiten_DD
         router.weight.copy_(folded_ED)
         router.bias.copy_(bias_E - shift - folded_ED @ mean_D)
-        return _measure(router, held_BE - shift, errors, sample.held_B)
+        return _measure(router, held_BE, errors, sample.held_B)
 
 
 @torch.no_grad()
@@ -257,14 +240,13 @@ def move_bias(router: SigmoidThreshold, h_TD: Tensor, share: float) -> None:
 
 def _measure(
     router: SigmoidThreshold, scores_BE: Tensor, errors: BlockErrors, tokens_B: Tensor
-) -> RouterFit:
-    """Measure a router at its own bias and moved to every fraction."""
+) -> tuple[float, ...]:
+    """Measure a router moved to every fraction."""
     measured = []
     for fraction in FRACTIONS:
         shift = _shift(scores_BE, fraction, router.threshold)
         measured.append(errors.error(tokens_B, router.decide(scores_BE - shift).weights_TE()))
-    active = float(router.decide(scores_BE).active_TE().float().mean())
-    return RouterFit(active, tuple(measured))
+    return tuple(measured)
 
 
 def token_scale(energy_T: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: B sequences, S positions, T = B * S tokens, V vocabulary.
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ class DistillTrainer(Trainer):
         labels_BS = inputs.pop("labels")
         config = self.settings
         forward = model if moe_layers(self.core) else partial(_without_routers, model)
-        with record_routing(model) as routings:
+        with record_routing(model) as routings, self._precision():
             out = forward(
                 **inputs,
                 labels=labels_BS if config.language > 0 else None,
@@ -169,7 +170,8 @@ class DistillTrainer(Trainer):
             loss = loss + config.language * language
             parts["language"] = float(language.detach())
         if self.teacher is not None:
-            parent = ask_teacher(self.teacher, hidden=config.match > 0, **inputs)
+            with self._precision():
+                parent = ask_teacher(self.teacher, hidden=config.match > 0, **inputs)
             if config.distill > 0:
                 kl = divergence(out.logits.flatten(0, 1), parent.logits.flatten(0, 1))
                 loss = loss + config.distill * kl
@@ -180,6 +182,12 @@ class DistillTrainer(Trainer):
                 parts["match"] = float(gap.detach())
         self._note(parts, routings, domain_B, inputs["input_ids"])
         return (loss, out) if return_outputs else loss
+
+    def _precision(self) -> AbstractContextManager[object]:
+        """Compute products as the settings say."""
+        if self.settings.mixed_precision == "none":
+            return nullcontext()
+        return torch.autocast(self.core.device.type, getattr(torch, self.settings.mixed_precision))
 
     def _note(
         self, parts: dict[str, float], routings: list[Any], domain_B: Tensor, ids_BS: Tensor

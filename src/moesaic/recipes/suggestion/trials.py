@@ -22,7 +22,6 @@ from moesaic._config import to_plain
 from moesaic._progress import SILENT, Progress
 from moesaic.calibration import CalibrationStats
 from moesaic.conversion.dsmoe import DSMoE, fit_dsmoe, settle
-from moesaic.conversion.gram_router import RouterFit
 from moesaic.evaluation import block_bound, neuron_bound
 from moesaic.recipes.recipe import METHODS
 from moesaic.recipes.suggestion.reading import TrialConfig
@@ -151,7 +150,7 @@ class Fitted:
         assert parent.stats is not None
         self.stats = parent.stats.thinned(parent.config.fit_tokens)
         self.model = copy.deepcopy(parent.dense)
-        self.fits: list[RouterFit] = fit_dsmoe(
+        self.fits: list[tuple[float, ...]] = fit_dsmoe(
             self.model, self.stats, config, progress=parent.progress
         )
 
