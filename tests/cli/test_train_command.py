@@ -1,11 +1,14 @@
-"""`moesaic train` on what is no mixture: a pruned model, with its dense parent as teacher."""
+"""`moesaic train` on what does not hold its dense parent, which is then its teacher."""
 
 import json
+import shutil
 
+import torch
 from recipe_cases import write_model, write_text
 
 from moesaic.cli.main import main
 from moesaic.models import load
+from moesaic.models.checkpoint import load_dense
 
 
 def test_a_pruned_model_trains_against_its_parent(tmp_path, capsys):
@@ -14,11 +17,23 @@ def test_a_pruned_model_trains_against_its_parent(tmp_path, capsys):
     text = ["--data.sources", f"notes={write_text(tmp_path / 'text')}", "--data.block", "32"]
     argv = ["compress", dense, pruned, "--active", "0.5", "--calibration.tokens", "128"]
     assert main([*argv, *text]) == 0
-    train = ["train", pruned, out, *text, "--train.tokens", "128", "--train.active", "0"]
+    train = ["train", pruned, out, *text, "--train.tokens", "128", "--train.active", "0", "--json"]
     capsys.readouterr()
-    assert main(train) == 2
-    assert "cannot be its own teacher" in capsys.readouterr().err
-    assert main([*train, "--teacher", dense, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (result["steps"], result["active"]) == (4, 1.0)
+    assert main(train) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["steps"], found["active"]) == (4, 1.0)
     assert load(out).config.moesaic["layers"] == load(pruned).config.moesaic["layers"]
+
+    # The parent that was named in the manifest is gone, then another.
+    shutil.move(dense, f"{dense}-moved")
+    shutil.rmtree(out)
+    assert main(train) != 0
+    other = load_dense(f"{dense}-moved")
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+    other.save_pretrained(dense)
+    assert main(train) == 2
+    assert "is not, in float32, the model that the checkpoint was made" in capsys.readouterr().err
+    assert main([*train, "--teacher", f"{dense}-moved"]) == 0
+    given = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert given["loss"] == found["loss"]

@@ -16,6 +16,7 @@ from moesaic.models.architectures import architecture_of
 from moesaic.models.ffn import decoder_layers, dense_ffn_width, read_ffn
 from moesaic.nn.layer import all_experts_on, moe_layers, record_routing
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThresholdConfig
+from moesaic.training.teacher import is_own_teacher
 
 TOKENS = CalibrationConfig(tokens=96, batch_blocks=2)
 
@@ -92,7 +93,8 @@ def test_fitted_routers_meet_the_budget(allocation, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("case", [LLAMA, Case("opt", {})], ids=str)
 def test_a_bypass_counts_into_the_budget_and_brings_the_model_nearer(case, tmp_path):
-    config = DSMoE(experts=4, active=0.6, fit_steps=10, allocation="uniform", bypass=4)
+    options = {"allocation": "uniform", "bypass": 4, "refit": False}
+    config = DSMoE(experts=4, active=0.6, fit_steps=10, **options)
     stats = stats_for(config, tmp_path, case)
     ids_NS = stats.whole()["tokens.ids_NS"].long()
     dense = dense_model(case)(ids_NS).logits
@@ -109,6 +111,26 @@ def test_a_bypass_counts_into_the_budget_and_brings_the_model_nearer(case, tmp_p
     assert (near - dense).norm() < 0.95 * (far - dense).norm()
     with all_experts_on(model):
         torch.testing.assert_close(model(ids_NS).logits, dense, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_refit_brings_the_model_nearer_and_is_no_longer_its_parent(tmp_path):
+    config = DSMoE(experts=4, active=0.6, fit_steps=10, allocation="uniform", bypass=0)
+    stats = stats_for(config, tmp_path)
+    ids_NS = stats.whole()["tokens.ids_NS"].long()
+    dense = dense_model(LLAMA)(ids_NS).logits
+    away = {}
+    for refit in (False, True):
+        settings = dataclasses.replace(config, refit=refit)
+        model, results = convert_dsmoe(dense_model(LLAMA), stats, settings)
+        away[refit] = (model(ids_NS).logits - dense).norm(), sum(results["error_per_layer"])
+        assert model.config.moesaic["exact"] is not refit
+        assert is_own_teacher(model) is not refit
+        with all_experts_on(model):
+            same = torch.allclose(model(ids_NS).logits, dense, atol=1e-4, rtol=1e-4)
+        assert same is not refit
+    assert away[True][0] < 0.97 * away[False][0]
+    assert away[True][1] < away[False][1]
 
 
 def test_a_bypass_that_leaves_no_room_is_refused(tmp_path):

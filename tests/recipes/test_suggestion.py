@@ -1,6 +1,5 @@
 """Advice before work: what it reads, what it predicts, what it says, and what it leaves."""
 
-import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import moesaic as mo
 from moesaic._errors import InputError
 from moesaic.analysis import Comparison, check_sentence, checks, predictions_markdown
 from moesaic.conversion.cmoe import CMoE
-from moesaic.conversion.dsmoe import DSMoE, fit_dsmoe, settle
+from moesaic.conversion.dsmoe import DSMoE
 from moesaic.data import DataConfig, TokenBlocks, prepare
 from moesaic.models.checkpoint import load_dense
 from moesaic.recipes.comparison import (
@@ -28,6 +27,7 @@ from moesaic.recipes.comparison.process import do_piece
 from moesaic.recipes.suggestion import TrialConfig, suggest_cells
 from moesaic.recipes.suggestion.reading import unseen_blocks
 from moesaic.recipes.suggestion.run import checked_budgets
+from moesaic.recipes.suggestion.trials import Fitted, Parent
 
 TRIALS = TrialConfig(first_blocks=4, most_blocks=16, fit_steps=3, fit_tokens=512)
 
@@ -151,20 +151,21 @@ def test_a_method_that_refuses_a_budget_says_why(root):
     assert "block-bound" not in {p.method for p in suggestion.predictions}
 
 
+@pytest.mark.parametrize("refit", [False, True])
 @pytest.mark.parametrize("bypass", [0, 4])
-def test_one_fit_settles_on_one_budget_after_the_other(root, tmp_path, bypass):
+def test_one_fit_settles_on_one_budget_after_the_other(root, tmp_path, bypass, refit):
     """The second time at a budget gives what the first gave, whatever was between."""
     dense = load_dense(str(root / "dense"))
-    config = DSMoE(experts=8, fit_steps=3, active=0.5, bypass=bypass)
+    config = DSMoE(experts=8, fit_steps=3, active=0.5, bypass=bypass, refit=refit)
     stats = mo.calibrate(
         dense, split(root).train, config.collectors(), mo.CalibrationConfig(tokens=1024), tmp_path
     )
-    fits = fit_dsmoe(dense, stats, config)
+    fitted = Fitted(Parent(dense=dense, stats=stats, config=TRIALS), config)
     states = []
     for budget in (0.75, 0.5, 0.75):
-        results = settle(dense, fits, stats, dataclasses.replace(config, active=budget))
-        assert np.mean(results["active_per_layer"]) == pytest.approx(budget, abs=1e-3)
-        states.append({name: value.clone() for name, value in dense.state_dict().items()})
+        with fitted.at(budget) as placed:
+            state = placed.model.state_dict()
+            states.append({name: value.clone() for name, value in state.items()})
     first, other, again = states
     for name, value in first.items():
         torch.testing.assert_close(again[name], value)

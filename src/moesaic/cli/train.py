@@ -20,6 +20,7 @@ from moesaic.models.checkpoint import (
     add_step,
     load,
     load_dense,
+    load_parent,
     load_tokenizer,
     save,
     verify_files,
@@ -27,6 +28,7 @@ from moesaic.models.checkpoint import (
 from moesaic.recipes.claim import claim, held, holds_run
 from moesaic.recipes.plan import check_train
 from moesaic.training import TrainConfig, train
+from moesaic.training.teacher import is_own_teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +38,8 @@ class Options:
     Attributes:
         model: A converted or pruned checkpoint.
         output: Directory of the trained checkpoint.
-        teacher: The dense parent, where the model does not hold it: a pruned model lacks neurons.
+        teacher: The dense parent. If not given, the model itself with all gates on where that is
+            its parent, and else the source that its manifest names.
         train: Settings of the training.
         data: The text.
         dry_run: Check everything, say what would be done, do nothing.
@@ -96,7 +99,11 @@ def _train(options: Options, manifest: dict[str, Any], work: Path) -> dict[str, 
         text = prepare(options.data, tokenizer, work / "data", progress=progress).train
         model = load(options.model)
         dtype = str(model.dtype).removeprefix("torch.")
-        teacher = load_dense(options.teacher, dtype=dtype) if options.teacher else None
+        teacher = None
+        if options.teacher:
+            teacher = load_dense(options.teacher, dtype=dtype)
+        elif options.train.needs_teacher and not is_own_teacher(model):
+            teacher = load_parent(manifest, dtype=dtype)
         model, results = train(
             model, text, options.train, work / "train", progress, teacher=teacher
         )

@@ -1,9 +1,9 @@
 """DSMoE: a pretrained feed-forward network cut into blocks that each token switches on or off.
 
 Source: DSMoE, arXiv 2502.12455, section 3. Ours, each its own setting: the order of neurons before
-the cut (a permutation, which changes nothing), routers fitted to the Grams of block outputs, a
-linear bypass for what is off, and weights of one without the count normalisation, with which an
-open router is the dense model.
+the cut (a permutation, which changes nothing), routers fitted to the Grams of block outputs, down
+products fitted to the blocks that are on, a linear bypass for what is off, and weights of one
+without the count normalisation, with which an open router is the dense model.
 
 Shapes: F neurons of the network, D model width, E experts.
 """
@@ -28,6 +28,7 @@ from moesaic.calibration.walk import walk_layers
 from moesaic.conversion._layers import Cut, convert_layers, expert_layer
 from moesaic.conversion.allocation import allocate
 from moesaic.conversion.bypass_fit import fit_bypass
+from moesaic.conversion.down_fit import fit_down
 from moesaic.conversion.gram_router import (
     FRACTIONS,
     BlockErrors,
@@ -62,9 +63,12 @@ class DSMoE:
         bypass: Rank of a linear map of the layer's input that every token takes, fitted to what the
             blocks that are off leave out; 0 for none. If not given, a 48th of the layer's width
             where routers are fitted. Its weights count into `active`.
+        refit: Whether the down products of fitted layers are moved, by least squares, to where the
+            blocks that are on make up for those that are off. All gates on is then no longer the
+            dense network.
         compensate: Whether a block that is off leaves its mean output over the calibration text,
             as FLAP leaves that of removed neurons: each block gets minus its mean as a bias, the
-            layer the sum of all means. All gates on is the dense network still.
+            layer the sum of all means, which changes nothing with all gates on.
         sparse_coef: Weight of the sparsity loss in training; 1 is the paper's.
         sparse_of: What the sparsity loss sums: `gates` (the paper) or `straight-through`.
         fit_steps: Adam steps of the Gram fit of each layer.
@@ -81,6 +85,7 @@ class DSMoE:
         default_factory=lambda: SigmoidThresholdConfig(value="one", normalize="none", bias=True)
     )
     bypass: int | None = None
+    refit: bool = True
     compensate: bool = False
     sparse_coef: float = 1.0
     sparse_of: Literal["gates", "straight-through"] = "gates"
@@ -155,6 +160,7 @@ PRESETS: dict[str, DSMoE] = {
         experts=8,
         partition="contiguous",
         init="random",
+        refit=False,
         router=SigmoidThresholdConfig(),
         sparse_coef=1.0,
     ),
@@ -229,8 +235,8 @@ def settle(
 ) -> dict[str, Any]:
     """Share the budget among the layers, and fit each to its part on what the ones before it give.
 
-    What it writes, the bias of the routers and the bypass, depends on nothing that it wrote before,
-    so one fitted model can be settled on one budget after the other.
+    What it writes is the bias of the routers, the bypass and, with `refit`, the down products. With
+    these put back, one fitted model can be settled on one budget after the other.
 
     Args:
         model: What `fit_dsmoe` made.
@@ -252,6 +258,8 @@ def settle(
         _settle_layer(layers[visit.index], visit.h_TD, shares[visit.index], config)
         for visit in walk_layers(model, ids_NS, sequential=True, progress=progress, name="settle")
     ]
+    if config.refit:
+        model.config.moesaic["exact"] = False
     return {
         "active_per_layer": [
             round(shape.fraction(shape.num_experts * share), 4)
@@ -263,7 +271,7 @@ def settle(
 
 @torch.no_grad()
 def _settle_layer(moe: MoELayer, h_TD: Tensor, share: float, config: DSMoE) -> float:
-    """Put a share of a layer's blocks on and fit its bypass; gives the error left, held out."""
+    """Put a share of a layer's blocks on and fit the rest to that; gives the error left."""
     assert isinstance(moe.router, SigmoidThreshold)
     assert moe.experts is not None
     num_neurons = moe.experts.num_experts * moe.experts.width
@@ -271,9 +279,11 @@ def _settle_layer(moe: MoELayer, h_TD: Tensor, share: float, config: DSMoE) -> f
     move_bias(moe.router, sample.h_TD, share)
     errors = BlockErrors(sample.h_TD, moe.experts)
     weights_TE = moe.router(sample.h_TD).weights_TE()
+    train = torch.arange(sample.num_train)
+    if config.refit:
+        fit_down(moe.experts, errors, train, weights_TE[train])
     added_BD = None
     if moe.bypass is not None:
-        train = torch.arange(sample.num_train)
         missing_BD = errors.missing(train, weights_TE[train])
         fit_bypass(moe.bypass, sample.h_TD[train], missing_BD, errors.scale_T1[train])
         added_BD = moe.bypass(sample.h_TD[sample.held_B].to(h_TD.dtype)).float()

@@ -18,6 +18,7 @@ Shapes: T tokens, B tokens of a batch, D model width, E experts, F width of one 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,8 @@ class BlockErrors:
     Attributes:
         own_TE: Squared length of every block's output, scaled, [T, E].
         scale_T1: What a squared error counts, [T, 1].
+        down_MD: Down product of the M neurons of all blocks, [M, D].
+        move_MD: By how much it was moved since, [M, D]; none if it was not.
     """
 
     @torch.no_grad()
@@ -95,6 +98,7 @@ class BlockErrors:
         weights = experts.weights()
         down_EFD = weights.down.float().transpose(1, 2).contiguous()
         self.down_MD = down_EFD.flatten(0, 1)
+        self.move_MD: Tensor | None = None
         self.bias_ED = None if weights.down_bias is None else weights.down_bias.float()
         # The squared length of a block's output, from its neurons alone.
         gram_EFF = torch.bmm(down_EFD, down_EFD.transpose(1, 2))
@@ -125,13 +129,31 @@ class BlockErrors:
             tokens_B: Which tokens, [B] int64.
             weights_BE: Weight of every block, [B, E].
         """
-        parts = zip(tokens_B.split(_BATCH), weights_BE.split(_BATCH), strict=True)
+        parts = self.batches(tokens_B, weights_BE)
         return torch.cat([self._missing(self._a_TEF[tokens], part) for tokens, part in parts])
 
     def _missing(self, a_BEF: Tensor, weights_BE: Tensor) -> Tensor:
         gap_BE = 1 - weights_BE
-        r_BD = (a_BEF * gap_BE.unsqueeze(2)).flatten(1) @ self.down_MD
-        return r_BD if self.bias_ED is None else r_BD + gap_BE @ self.bias_ED
+        r_BD = _weighted(a_BEF, gap_BE) @ self.down_MD
+        if self.bias_ED is not None:
+            r_BD += gap_BE @ self.bias_ED
+        if self.move_MD is not None:
+            r_BD -= _weighted(a_BEF, weights_BE) @ self.move_MD
+        return r_BD
+
+    def weighted(self, tokens_B: Tensor, weights_BE: Tensor) -> Tensor:
+        """Neurons, each times the weight of its block, [B, M].
+
+        Args:
+            tokens_B: Which tokens, [B] int64.
+            weights_BE: Weight of every block, [B, E].
+        """
+        return _weighted(self._a_TEF[tokens_B], weights_BE)
+
+    @staticmethod
+    def batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Split tensors of the same tokens alike, to bound what is made of them."""
+        return zip(*(tensor.split(_BATCH) for tensor in tensors), strict=True)
 
     @torch.no_grad()
     def error(self, tokens_B: Tensor, weights_BE: Tensor, added_BD: Tensor | None = None) -> float:
@@ -165,6 +187,11 @@ class BlockErrors:
         own_BE = self.own_TE[tokens_B]
         saved_BE: Tensor = 2 * along_BE * self.scale_T1[tokens_B]
         return saved_BE + torch.where(on_BE, own_BE, -own_BE)
+
+
+def _weighted(a_BEF: Tensor, weights_BE: Tensor) -> Tensor:
+    """Neurons of all blocks side by side, each times the weight of its block."""
+    return (a_BEF * weights_BE.unsqueeze(2)).flatten(1)
 
 
 def fit_router(

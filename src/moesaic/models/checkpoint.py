@@ -260,6 +260,27 @@ def new_manifest(source: str, model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def load_parent(manifest: Mapping[str, Any], *, dtype: str) -> PreTrainedModel:
+    """Load the dense model that a checkpoint was made from.
+
+    Args:
+        manifest: Of the checkpoint.
+        dtype: Of the weights, as they were when it was made.
+
+    Raises:
+        CheckpointError: If the weights there are others now.
+        InputError: If there are none.
+    """
+    parent = manifest["parent"]
+    model = load_dense(parent["source"], dtype=dtype)
+    if fingerprint(model) != parent["sha256"]:
+        raise CheckpointError(
+            f"parent {parent['source']} is not, in {dtype}, the model that the checkpoint was made "
+            "from; give the path of that one"
+        )
+    return model
+
+
 def add_step(
     manifest: Mapping[str, Any],
     name: str,

@@ -36,6 +36,7 @@ from moesaic.recipes.parent import keep_parent, open_parent
 from moesaic.recipes.plan import plan
 from moesaic.recipes.recipe import METHODS, Recipe, Step
 from moesaic.training.run import clean, train
+from moesaic.training.teacher import is_own_teacher
 
 
 class Run:
@@ -129,7 +130,16 @@ class Run:
         before = max(i for i in range(index) if self.recipe.steps[i].kind in ("convert", "train"))
         source = self.model_of(before)
         work = self.place(index) / "training"
-        model, results = train(load(source), self.split().train, step.config, work, self.progress)
+        model = load(source)
+        asks = step.config.needs_teacher and not is_own_teacher(model)
+        model, results = train(
+            model,
+            self.split().train,
+            step.config,
+            work,
+            self.progress,
+            teacher=self.dense() if asks else None,
+        )
         shown = {name: value for name, value in results.items() if name != "log"}
         manifest = add_step(read_manifest(source), "train", to_plain(step.config), shown)
         write_json(self.place(index) / "log.json", results["log"])

@@ -55,6 +55,11 @@ class TrainConfig:
     tensorboard: bool = False
     seed: int = 0
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the dense parent is asked."""
+        return self.distill + self.match > 0
+
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_blocks", "accumulate", "lora_rank", "checkpoint_every"):
             if getattr(self, name) < 1:

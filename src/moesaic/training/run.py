@@ -26,7 +26,7 @@ from moesaic.training.budget import BudgetControl, settle_threshold, sigmoid_rou
 from moesaic.training.config import TrainConfig
 from moesaic.training.teacher import dense_teacher, given_teacher, is_own_teacher
 from moesaic.training.trainer import BlockDataset, DistillTrainer, StepRecorder
-from moesaic.training.zeros import pruned_zeros, zeros_kept
+from moesaic.training.zeros import zeros_kept
 
 METRICS = "metrics.jsonl"
 # The last file of a checkpoint to be written.
@@ -83,7 +83,7 @@ def train(
     require_space(directory, _checkpoint_bytes(model), what="a training checkpoint")
 
     select_trainable(model, config.trains)
-    if config.distill + config.match > 0:
+    if config.needs_teacher:
         teacher = dense_teacher(model) if teacher is None else given_teacher(teacher)
     else:
         teacher = None
@@ -135,11 +135,9 @@ def _check(model: PreTrainedModel, config: TrainConfig, teacher: PreTrainedModel
                 "a budget needs the sparsity loss; convert with sparse_coef, or active 0"
             )
         sigmoid_routers(model)
-    if config.distill + config.match == 0:
+    if not config.needs_teacher:
         return
-    # An ordinary dense model may be narrower than its parent was, and does not tell.
-    held = moe_layers(model) and is_own_teacher(model) and not pruned_zeros(model)
-    if teacher is None and not held:
+    if teacher is None and not is_own_teacher(model):
         raise InputError(
             "the model lacks weights of its dense parent, so it cannot be its own teacher; give "
             "train the dense parent as teacher, or set distill and match to 0 and language to 1"

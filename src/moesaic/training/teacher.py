@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesaic.nn.layer import moe_layers
+from moesaic.training.zeros import pruned_zeros
 
 
 def dense_teacher(model: PreTrainedModel) -> PreTrainedModel:
@@ -36,7 +37,13 @@ def dense_teacher(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def is_own_teacher(model: PreTrainedModel) -> bool:
-    """Tell whether a model with all experts on is its dense parent: every neuron has one place."""
+    """Tell whether a model with all experts on is its dense parent.
+
+    Every neuron has one place then, and no weight was changed. An ordinary dense model may be
+    narrower than its parent was, and does not tell.
+    """
+    if not moe_layers(model) or pruned_zeros(model):
+        return False
     width = model.config.moesaic.get("dense_width")
     configs = [layer.config for layer in moe_layers(model)]
     exact: bool = model.config.moesaic.get("exact", True)

@@ -159,7 +159,7 @@ def _train(
     protocol = shared.protocol
     held = cell.active if _holds_budget(model) else 0.0
     config = protocol.training(protocol.methods[cell.method], held, cell.seed)
-    teacher = shared.dense() if config.distill + config.match > 0 else None
+    teacher = shared.dense() if config.needs_teacher else None
     model, results = train(model, shared.split.train, config, directory, progress, teacher=teacher)
     return model, {"tokens": results["tokens"], "budget": held}
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedModel
 
 from moesaic._config import to_plain
@@ -23,6 +24,7 @@ from moesaic._progress import SILENT, Progress
 from moesaic.calibration import CalibrationStats
 from moesaic.conversion.dsmoe import DSMoE, fit_dsmoe, settle
 from moesaic.evaluation import block_bound, neuron_bound
+from moesaic.nn.layer import moe_layers
 from moesaic.recipes.recipe import METHODS
 from moesaic.recipes.suggestion.reading import TrialConfig
 
@@ -156,6 +158,14 @@ class Fitted:
 
     @contextmanager
     def at(self, budget: float) -> Iterator[Placed]:
-        """Settle the routers on a budget."""
+        """Settle the layers on a budget."""
+        # What is written upon; the rest of what settling writes it does not read.
+        downs = [layer.experts.weights().down for layer in moe_layers(self.model) if layer.experts]
+        before = [down_EDF.detach().clone() for down_EDF in downs]
         settle(self.model, self.fits, self.stats, dataclasses.replace(self.config, active=budget))
-        yield Placed(self.model, None)
+        try:
+            yield Placed(self.model, None)
+        finally:
+            with torch.no_grad():
+                for down_EDF, was_EDF in zip(downs, before, strict=True):
+                    down_EDF.copy_(was_EDF)
