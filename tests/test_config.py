@@ -29,6 +29,7 @@ class Inner:
 class Outer:
     steps: int
     mode: Literal["fast", "slow"] = "fast"
+    version: Literal[1, 2] = 1
     flag: bool = False
     name: str | None = None
     limit: int | Literal["auto"] = "auto"
@@ -53,6 +54,7 @@ def test_defaults_are_kept():
     [
         ("steps", 7, 7),
         ("mode", "slow", "slow"),
+        ("version", 2, 2),
         ("flag", True, True),
         ("name", None, None),
         ("name", "x", "x"),
@@ -93,6 +95,7 @@ def test_an_integer_stands_for_a_float():
         ({"name": 3}, r"recipe\.name must be a str, got 3"),
         ({"limit": True}, r"recipe\.limit must be a int, got True"),
         ({"mode": 3}, r"recipe\.mode must be one of \['fast', 'slow'\], got 3"),
+        ({"version": True}, r"recipe\.version must be one of \[1, 2\], got True"),
         ({"inner": 3}, r"recipe\.inner must be a mapping of options, got 3"),
         ({"inner": {"rate": False}}, r"recipe\.inner\.rate must be a float, got False"),
         ({"inner": {"rate": -1}}, r"rate must be at least 0, got -1\.0; 0\.1 is usual"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from moesaic._errors import InputError, UnknownNameError
@@ -79,6 +79,11 @@ def method_config(
     return build_config(config_class, options, where=where)
 
 
+def is_one_of(value: Any, choices: Iterable[Any]) -> bool:
+    """Whether a value is among some; True equals 1, but neither stands for the other."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in choices)
+
+
 def _coerce(value: Any, hint: Any, *, where: str) -> Any:
     """Check `value` against a type hint and convert what YAML and JSON cannot express."""
     origin = typing.get_origin(hint)
@@ -86,7 +91,7 @@ def _coerce(value: Any, hint: Any, *, where: str) -> Any:
         return _coerce_union(value, hint, where=where)
     if origin is Literal:
         choices = typing.get_args(hint)
-        if value not in choices:
+        if not is_one_of(value, choices):
             if isinstance(value, str):
                 raise UnknownNameError(unknown_name(where, value, map(str, choices)))
             raise InputError(f"{where} must be one of {list(choices)}, got {value!r}")

@@ -42,8 +42,8 @@ class TrainConfig:
     accumulate: int = 1
     mixed_precision: Literal["none", "bfloat16"] = "none"
     trains: Literal["routers", "ffn", "everything", "lora"] = "ffn"
-    learning_rate: float = 3e-4
-    router_learning_rate: float = 1e-3
+    learning_rate: float = 1e-4
+    router_learning_rate: float = 1e-4
     warmup: float = 0.05
     distill: float = 1.0
     match: float = 0.0

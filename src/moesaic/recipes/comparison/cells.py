@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from moesaic._config import is_one_of
 from moesaic._errors import InputError, UnknownNameError
 from moesaic._registry import unknown_name
 from moesaic.recipes._yaml import load_yaml
@@ -105,8 +106,7 @@ def _condition(condition: str, cells: Sequence[Cell]) -> tuple[str, Any]:
         value = load_yaml(text)
     except yaml.YAMLError:
         value = text
-    # True equals 1, and neither may stand for the other.
-    if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in known):
+    if not is_one_of(value, known):
         raise InputError(
             f"only {name}={text} names no cell of the protocol; it has "
             f"{', '.join(str(one).lower() for one in known)}"
