@@ -1,0 +1,1 @@
+"""Converted models in the forms that other software reads."""

@@ -1,0 +1,128 @@
+"""The architecture of GLM-4.5 (arXiv 2508.06471): k sigmoid gates and a shared block.
+
+Sigmoid gates, a bias for the choice, a free factor and a shared expert: what a DSMoE is once every
+token has the same number of blocks. Its attention takes biases of queries, keys and values and
+norms of queries and keys, so decoders of the families of Llama and Qwen fit.
+
+What its classes ask for, tried: a shared expert (vLLM fails without one), an untied head (vLLM never
+ties it), at least two routed blocks (the best two of a group are looked up).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moesaic.models.export._base import Format, Layout
+from moesaic.models.export._obstacles import Attention, attention_of, first_obstacle, read_layers
+from moesaic.models.export._stock import (
+    DTYPES,
+    build,
+    choice_bias,
+    read_directory,
+    round_model,
+    router_weight,
+    shared_network,
+    shared_values,
+    state_beside_layers,
+    stored_dtype,
+    write_directory,
+)
+from moesaic.nn.layer import moe_layers
+
+LAYOUT = Layout(router="sigmoid-top-k", min_shared=1)
+
+
+class Glm4Moe(Format):
+    """Writes a directory that `AutoModelForCausalLM` loads as `Glm4MoeForCausalLM`.
+
+    Args:
+        config: Settings.
+    """
+
+    name = "glm4_moe"
+    layout = LAYOUT
+    kinds = tuple(DTYPES)
+
+    def obstacle(self, config: Any) -> str:
+        """Say what of a model it cannot hold."""
+        return obstacle(config)
+
+    def round(self, model: PreTrainedModel, dtype: torch.dtype) -> bool:
+        """Round every weight."""
+        return round_model(model, stored_dtype(self.config, dtype))
+
+    def write(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        directory: Path,
+        dtype: torch.dtype,
+    ) -> None:
+        """Save it."""
+        stored = stored_dtype(self.config, dtype)
+        write_directory(build_glm4_moe(model), tokenizer, directory, stored)
+
+    def read(self, directory: Path) -> PreTrainedModel:
+        """Load it as a stock model."""
+        return read_directory(directory)
+
+
+def obstacle(config: Any) -> str:
+    """Say what of a model the architecture cannot hold; empty if nothing."""
+    return first_obstacle(config, LAYOUT, _attention_obstacle, lambda options: "")
+
+
+def _attention_obstacle(attention: Attention) -> str:
+    if attention.out_bias:
+        return "a bias of the output of attention"
+    return "attention in a sliding window" if attention.window else ""
+
+
+def build_glm4_moe(model: PreTrainedModel) -> Any:
+    """Make the stock model around the tensors of a converted one without an obstacle.
+
+    Args:
+        model: Whose layers fit `LAYOUT`.
+
+    Returns:
+        A `Glm4MoeForCausalLM`; nothing but a tied head was copied.
+    """
+    config: Any = model.config
+    layer = read_layers(config)[0]
+    attention = attention_of(config)
+    values = {
+        **shared_values(config),
+        "partial_rotary_factor": 1.0,
+        "intermediate_size": layer.shared_width + layer.num_experts * layer.width,
+        "moe_intermediate_size": layer.width,
+        "n_routed_experts": layer.num_experts,
+        "n_shared_experts": layer.shared_width // layer.width,
+        "num_experts_per_tok": layer.router_options["top_k"],
+        "routed_scaling_factor": layer.router_options["scale"],
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+        "norm_topk_prob": False,
+        "num_nextn_predict_layers": 0,
+        "attention_bias": attention.qkv_bias,
+        "use_qk_norm": attention.qk_norm,
+        "tie_word_embeddings": False,
+    }
+    state = state_beside_layers(model)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["lm_head.weight"].clone()
+    for index, moe in enumerate(moe_layers(model)):
+        assert moe.experts is not None
+        place = f"model.layers.{index}.mlp"
+        weights = moe.experts.weights()
+        state[f"{place}.gate.weight"] = router_weight(moe)
+        state[f"{place}.gate.e_score_correction_bias"] = choice_bias(moe)
+        state[f"{place}.experts.gate_up_proj"] = weights.up.detach()
+        state[f"{place}.experts.down_proj"] = weights.down.detach()
+        for name, tensor in shared_network(moe).items():
+            state[f"{place}.shared_experts.{name}"] = tensor
+    return build("Glm4Moe", values, state, model)
