@@ -32,6 +32,7 @@ from moesaic._config import to_plain
 from moesaic._errors import InputError
 from moesaic._progress import SILENT, Progress
 from moesaic.models.export._base import Layout
+from moesaic.models.modeling import MoesaicMixin
 from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 from moesaic.nn.routing import Routing
@@ -148,7 +149,8 @@ def fix_k(
     model.config.moesaic["losses"] = {}
     # Other weights may be folded into blocks, so that all of them at weight one are no teacher.
     model.config.moesaic["exact"] = False
-    model.loss_terms = {}
+    assert isinstance(model, MoesaicMixin)
+    model.attach_losses()
     return model, {
         "k": k,
         "shared": shared,
@@ -203,7 +205,8 @@ def measure_gates(
     for layer in layers:
         zeros_E = torch.zeros(layer.config.num_experts, dtype=torch.float64)
         uses.append(GateUse(0, zeros_E, zeros_E.clone()))
-    with _watched(layers, uses, moments), progress.stage("gates", ids_NS.numel(), "tokens") as stage:
+    stage_of = progress.stage("gates", ids_NS.numel(), "tokens")
+    with _watched(layers, uses, moments), stage_of as stage:
         for ids_BS in ids_NS.split(2):
             model(input_ids=ids_BS.to(model.device), use_cache=False, logits_to_keep=1)
             stage.advance(ids_BS.numel())
@@ -254,7 +257,8 @@ def constant_direction(moment_DD: Tensor, mean_D: Tensor) -> Tensor:
     """
     moment_DD, mean_D = moment_DD.double(), mean_D.double()
     ridge_D = _RIDGE * moment_DD.diagonal().mean() * torch.ones_like(mean_D)
-    return torch.linalg.solve(moment_DD + torch.diag(ridge_D), mean_D)
+    u_D: Tensor = torch.linalg.solve(moment_DD + torch.diag(ridge_D), mean_D)
+    return u_D
 
 
 def make_layer(layer: MoELayer, use: GateUse, layout: Layout, *, num_shared: int, k: int) -> None:

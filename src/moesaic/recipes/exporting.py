@@ -147,7 +147,8 @@ def export(
     measure("variable" if fixes else "checkpoint")
     results: dict[str, Any] = {"format": format}
     if fixes:
-        assert text is not None and made.layout is not None
+        assert text is not None
+        assert made.layout is not None
         ids_NS = _drawn(text, config.calibration_tokens)
         _, decided = fix_k(loaded, ids_NS, made.layout, config.fix_k, progress)
         results |= decided

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,26 +48,13 @@ class FormatConfig:
 class Format(ABC):
     """A form in which other software reads a model.
 
-    Args:
-        config: Settings.
-
     Attributes:
         name: Registered name.
         layout: What its layers may look like; none if it takes any layer of ours.
-        kinds: Ways to store weights.
     """
 
-    name: ClassVar[str]
-    layout: ClassVar[Layout | None]
-    kinds: ClassVar[tuple[str, ...]]
-
-    def __init__(self, config: FormatConfig) -> None:
-        if config.weights not in (AUTO, *self.kinds):
-            raise InputError(
-                f"weights of {self.name} must be one of {', '.join((AUTO, *self.kinds))}, got "
-                f"{config.weights!r}"
-            )
-        self.config = config
+    name: str
+    layout: Layout | None
 
     @abstractmethod
     def obstacle(self, config: Any) -> str:
@@ -115,3 +103,11 @@ class Format(ABC):
     @abstractmethod
     def read(self, directory: Path) -> PreTrainedModel:
         """Load what `write` wrote, in float32."""
+
+
+def check_weights(name: str, config: FormatConfig, kinds: Sequence[str]) -> None:
+    """Refuse a way to store weights that a format does not have."""
+    if config.weights not in (AUTO, *kinds):
+        raise InputError(
+            f"weights of {name} must be one of {', '.join((AUTO, *kinds))}, got {config.weights!r}"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,10 @@ def read_layers(config: Any) -> list[LayerConfig]:
 
 
 def first_obstacle(
-    config: Any, layout: Layout, attention: Callable[[Attention], str], router: Callable[[Any], str]
+    config: Any,
+    layout: Layout,
+    attention: Callable[[Attention], str],
+    router: Callable[[Mapping[str, Any]], str],
 ) -> str:
     """Look for what a stock architecture cannot hold: decoder, attention, then layers.
 
@@ -89,16 +92,22 @@ def first_obstacle(
     return _differences(layers, layout)
 
 
-def _in_layer(layer: LayerConfig, layout: Layout, router: Callable[[Any], str]) -> str:
+def sums_to_one(options: Mapping[str, Any]) -> str:
+    """Say what of the settings of `topk-softmax` an architecture that renormalises cannot hold."""
+    return "" if options.get("renormalize", True) else "weights that do not sum to one"
+
+
+def _in_layer(
+    layer: LayerConfig, layout: Layout, router: Callable[[Mapping[str, Any]], str]
+) -> str:
     if layer.bypass_rank:
         # Its neurons are act(gate) * up: a sum of them has no slope at zero, a linear map has one.
         return (
             f"a bypass, here of rank {layer.bypass_rank}: a linear map beside the blocks, which "
             "conversion leaves out with bypass=0"
         )
-    biased = {"bias": layer.bias, "expert_bias": layer.expert_bias, "output_bias": layer.output_bias}
-    for name, present in biased.items():
-        if present:
+    for name in ("bias", "expert_bias", "output_bias"):
+        if getattr(layer, name):
             return f"biases in the network ({name})"
     if layer.experts != "gated":
         return f"experts of the kind {layer.experts!r}"
@@ -137,13 +146,17 @@ def _differences(layers: Sequence[LayerConfig], layout: Layout) -> str:
     routed = [layer for layer in layers if layer.num_experts]
     if not routed:
         return "a model without any routed block"
-    for what, values in {
+    aspects: dict[str, set[Any]] = {
         "numbers of blocks": {layer.num_experts for layer in routed},
         "widths of blocks": {layer.width for layer in routed},
         "widths of the shared part": {layer.shared_width for layer in routed},
-        "settings of the router": {tuple(sorted(layer.router_options.items())) for layer in routed},
-    }.items():
-        if len(values) > 1 and not (what.endswith("router") and routed[0].router == THRESHOLD):
+    }
+    if routed[0].router != THRESHOLD:
+        # Gates with a threshold get one number of blocks on the way.
+        options = {tuple(sorted(layer.router_options.items())) for layer in routed}
+        aspects["numbers of blocks per token or other settings of routers"] = options
+    for what, values in aspects.items():
+        if len(values) > 1:
             return f"{what} that differ between layers"
     neurons = {layer.shared_width + layer.num_experts * layer.width for layer in layers}
     if layout.dense_layers and len(neurons) > 1:

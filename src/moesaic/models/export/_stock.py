@@ -1,4 +1,4 @@
-"""Plain transformers directories of stock architectures, from a converted model's tensors.
+"""Models of stock architectures around the tensors of converted ones.
 
 Shapes: D model width, E experts, F width of one expert.
 """
@@ -6,23 +6,15 @@ Shapes: D model width, E experts, F width of one expert.
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from moesaic.models.export._base import AUTO, FormatConfig
 from moesaic.nn.layer import MoELayer
 from moesaic.nn.routers.sigmoid_top_k import SigmoidTopK
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 # What decoders like Llama and their mixtures call alike.
 _SHARED_FIELDS = (
@@ -98,53 +90,17 @@ def build(name: str, values: dict[str, Any], state: dict[str, Tensor], like: Any
     return stock.eval()
 
 
-def stored_dtype(config: FormatConfig, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the weights in a directory."""
-    return dtype if config.weights == AUTO else DTYPES[config.weights]
-
-
-@torch.no_grad()
-def round_model(model: PreTrainedModel, dtype: torch.dtype) -> bool:
-    """Round every weight of a float32 model to what a dtype holds; gives whether one changed.
-
-    The bias of a choice, which every architecture keeps in float32, stays.
-    """
-    changed = False
-    for parameter in model.parameters():
-        rounded = parameter.to(dtype).to(parameter.dtype)
-        changed = changed or not torch.equal(rounded, parameter)
-        parameter.copy_(rounded)
-    return changed
-
-
-def write_directory(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, directory: Path, dtype: torch.dtype
-) -> None:
-    """Save a model in a dtype, and its tokenizer; in memory it stays as it is."""
-    before = [(parameter, parameter.data) for parameter in model.parameters()]
-    try:
-        for parameter, data in before:
-            parameter.data = data.to(dtype)
-        model.save_pretrained(directory)
-    finally:
-        for parameter, data in before:
-            parameter.data = data
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-
-
-def read_directory(directory: Path) -> PreTrainedModel:
-    """Load a directory as anyone would, in float32."""
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    loaded: PreTrainedModel = model.eval()
-    return loaded
-
-
-def router_weight(layer: MoELayer) -> Tensor:
-    """The rows of a layer's router, [E, D]."""
+def routed_tensors(layer: MoELayer, place: str) -> dict[str, Tensor]:
+    """Name the routed blocks of a layer and the rows of its router as transformers does."""
     assert layer.router is not None
-    weight_ED: Tensor = layer.router.weight
-    return weight_ED.detach()
+    assert layer.experts is not None
+    weights, rows_ED = layer.experts.weights(), layer.router.weight
+    assert isinstance(rows_ED, Tensor)
+    return {
+        f"{place}.gate.weight": rows_ED.detach(),
+        f"{place}.experts.gate_up_proj": weights.up.detach(),
+        f"{place}.experts.down_proj": weights.down.detach(),
+    }
 
 
 def choice_bias(layer: MoELayer) -> Tensor:

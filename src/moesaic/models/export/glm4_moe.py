@@ -4,71 +4,30 @@ Sigmoid gates, a bias for the choice, a free factor and a shared expert: what a 
 token has the same number of blocks. Its attention takes biases of queries, keys and values and
 norms of queries and keys, so decoders of the families of Llama and Qwen fit.
 
-What its classes ask for, tried: a shared expert (vLLM fails without one), an untied head (vLLM never
-ties it), at least two routed blocks (the best two of a group are looked up).
+What its classes ask for, tried: a shared expert (vLLM fails without one), an untied head (vLLM
+never ties it), at least two routed blocks (the best two of a group are looked up).
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from moesaic.models.export._base import Format, Layout
+from moesaic.models.export._base import Format, FormatConfig, Layout
+from moesaic.models.export._directory import DirectoryFormat, Target
 from moesaic.models.export._obstacles import Attention, attention_of, first_obstacle, read_layers
 from moesaic.models.export._stock import (
-    DTYPES,
     build,
     choice_bias,
-    read_directory,
-    round_model,
-    router_weight,
+    routed_tensors,
     shared_network,
     shared_values,
     state_beside_layers,
-    stored_dtype,
-    write_directory,
 )
 from moesaic.nn.layer import moe_layers
 
 LAYOUT = Layout(router="sigmoid-top-k", min_shared=1)
-
-
-class Glm4Moe(Format):
-    """Writes a directory that `AutoModelForCausalLM` loads as `Glm4MoeForCausalLM`.
-
-    Args:
-        config: Settings.
-    """
-
-    name = "glm4_moe"
-    layout = LAYOUT
-    kinds = tuple(DTYPES)
-
-    def obstacle(self, config: Any) -> str:
-        """Say what of a model it cannot hold."""
-        return obstacle(config)
-
-    def round(self, model: PreTrainedModel, dtype: torch.dtype) -> bool:
-        """Round every weight."""
-        return round_model(model, stored_dtype(self.config, dtype))
-
-    def write(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        directory: Path,
-        dtype: torch.dtype,
-    ) -> None:
-        """Save it."""
-        stored = stored_dtype(self.config, dtype)
-        write_directory(build_glm4_moe(model), tokenizer, directory, stored)
-
-    def read(self, directory: Path) -> PreTrainedModel:
-        """Load it as a stock model."""
-        return read_directory(directory)
 
 
 def obstacle(config: Any) -> str:
@@ -116,13 +75,17 @@ def build_glm4_moe(model: PreTrainedModel) -> Any:
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["lm_head.weight"].clone()
     for index, moe in enumerate(moe_layers(model)):
-        assert moe.experts is not None
         place = f"model.layers.{index}.mlp"
-        weights = moe.experts.weights()
-        state[f"{place}.gate.weight"] = router_weight(moe)
+        state |= routed_tensors(moe, place)
         state[f"{place}.gate.e_score_correction_bias"] = choice_bias(moe)
-        state[f"{place}.experts.gate_up_proj"] = weights.up.detach()
-        state[f"{place}.experts.down_proj"] = weights.down.detach()
         for name, tensor in shared_network(moe).items():
             state[f"{place}.shared_experts.{name}"] = tensor
     return build("Glm4Moe", values, state, model)
+
+
+_TARGET = Target(name="glm4_moe", layout=LAYOUT, obstacle=obstacle, build=build_glm4_moe)
+
+
+def glm4_moe_format(config: FormatConfig) -> Format:
+    """Make the format, which writes `Glm4MoeForCausalLM`."""
+    return DirectoryFormat(_TARGET, config)

@@ -85,9 +85,7 @@ def greedy(model: PreTrainedModel, ids_1S: Tensor, new_tokens: int) -> list[int]
     make: Any = GenerationConfig
     settings = make(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
     generate: Any = model.generate
-    out_1S = generate(
-        ids_1S, attention_mask=torch.ones_like(ids_1S), generation_config=settings
-    )
+    out_1S = generate(ids_1S, attention_mask=torch.ones_like(ids_1S), generation_config=settings)
     new: list[int] = out_1S[0, ids_1S.shape[1] :].tolist()
     return new
 

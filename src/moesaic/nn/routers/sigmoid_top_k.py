@@ -39,9 +39,7 @@ class SigmoidTopKConfig:
         if self.top_k < 1:
             raise InputError(f"top_k must be at least 1, got {self.top_k}; choose 1 to num_experts")
         if not 0.0 < self.scale < float("inf"):
-            raise InputError(
-                f"scale must be above 0, got {self.scale}; 1 leaves gates as they are"
-            )
+            raise InputError(f"scale must be above 0, got {self.scale}; 1 leaves gates as they are")
 
 
 class SigmoidTopK(Router):
@@ -91,6 +89,4 @@ class SigmoidTopK(Router):
 
     def extra_repr(self) -> str:
         """Sizes and settings, for printing."""
-        return (
-            f"experts={self.num_experts}, top_k={self.config.top_k}, scale={self.config.scale:g}"
-        )
+        return f"experts={self.num_experts}, top_k={self.config.top_k}, scale={self.config.scale:g}"
