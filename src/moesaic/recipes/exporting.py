@@ -128,6 +128,8 @@ def export(
         )
     manifest = verify_files(Path(model))
     tokenizer = load_tokenizer(str(model)) if _has_tokenizer(Path(model)) else None
+    if tokenizer is not None and (found := made.tokenizer_obstacle(tokenizer)):
+        raise InputError(f"{format} cannot hold {found}; glm4_moe takes any tokenizer")
     dtype = torch.float32
     stored = getattr(read_config(str(model)), "dtype", None)
     if isinstance(stored, torch.dtype):

@@ -67,6 +67,10 @@ class Format(ABC):
             It in words that follow "cannot hold"; empty if there is none.
         """
 
+    def tokenizer_obstacle(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Say what of a tokenizer the format cannot hold, as `obstacle` does of a model."""
+        return ""
+
     def missing(self) -> str:
         """Name the package that writing needs and that is not installed; empty if none."""
         return ""

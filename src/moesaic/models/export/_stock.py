@@ -80,13 +80,25 @@ def build(name: str, values: dict[str, Any], state: dict[str, Tensor], like: Any
         state: Its tensors by name.
         like: The converted model, for how it generates.
     """
-    config = getattr(transformers, f"{name}Config")(**values)
-    # On no device: the tensors take the place of parameters that never were.
-    with torch.device("meta"):
-        stock: Any = getattr(transformers, f"{name}ForCausalLM")(config)
+    stock = empty_model(name, values)
     stock.load_state_dict(state, assign=True)
     stock.tie_weights()
     stock.generation_config = copy.deepcopy(like.generation_config)
+    return stock
+
+
+def empty_model(name: str, values: dict[str, Any]) -> Any:
+    """Make a model of a stock architecture whose parameters are nowhere yet.
+
+    Args:
+        name: Prefix of its classes in transformers.
+        values: Of its config.
+    """
+    config = getattr(transformers, f"{name}Config")(**values)
+    with torch.device("meta"):
+        stock: Any = getattr(transformers, f"{name}ForCausalLM")(config)
+    # Its frequencies are in no checkpoint.
+    stock.model.rotary_emb = type(stock.model.rotary_emb)(config=config)
     return stock.eval()
 
 

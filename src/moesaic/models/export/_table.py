@@ -10,6 +10,14 @@ FORMATS = MethodTable(
     "format",
     [
         MethodInfo(
+            name="gguf",
+            target="moesaic.models.export.gguf:Gguf",
+            config=_CONFIG,
+            summary="llama.cpp: one file with the tokenizer, as glm4_moe, quantised or not",
+            paper="GLM-4.5, arXiv 2508.06471",
+            abilities=frozenset({"fixed-k"}),
+        ),
+        MethodInfo(
             name="glm4_moe",
             target="moesaic.models.export.glm4_moe:glm4_moe_format",
             config=_CONFIG,
