@@ -23,7 +23,7 @@ from moesaic._files import atomic_directory, require_space
 from moesaic._progress import SILENT, Progress
 from moesaic.conversion.fix_k import FixK, fix_k
 from moesaic.data import TokenBlocks
-from moesaic.evaluation import QualityConfig, evaluate_perplexity, perplexity_ratio
+from moesaic.evaluation import QualityConfig, choose_blocks, evaluate_perplexity, perplexity_ratio
 from moesaic.evaluation.intervals import BlockLosses
 from moesaic.models.checkpoint import (
     add_step,
@@ -35,7 +35,7 @@ from moesaic.models.checkpoint import (
 )
 from moesaic.models.export._base import Format, FormatConfig
 from moesaic.models.export._obstacles import THRESHOLD, read_layers
-from moesaic.models.export.check import check_format
+from moesaic.models.export.check import check_model, make_format
 from moesaic.models.export.verify import verify
 from moesaic.nn.layer import all_experts_on
 
@@ -51,20 +51,24 @@ class ExportConfig:
         weights: How weights are stored; see `FormatConfig`.
         fix_k: How a number of blocks for every token is chosen, where the format needs one.
         calibration_tokens: Training text that is read to choose it.
-        quality: How held-out text is read.
+        blocks_per_domain: Held-out blocks of each domain that the loss is measured on.
+        quality: How they are read.
+        seed: Of their choice.
     """
 
     weights: str = "auto"
     fix_k: FixK = field(default_factory=FixK)
     calibration_tokens: int = 16_384
+    blocks_per_domain: int = 8
     quality: QualityConfig = field(default_factory=QualityConfig)
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.calibration_tokens < 1:
-            raise InputError(
-                f"calibration_tokens must be at least 1, got {self.calibration_tokens}; 16384 is "
-                "usual"
-            )
+        for name, usual in (("calibration_tokens", 16_384), ("blocks_per_domain", 8)):
+            if getattr(self, name) < 1:
+                raise InputError(
+                    f"{name} must be at least 1, got {getattr(self, name)}; {usual} is usual"
+                )
 
 
 def plan_export(model: str | Path, format: str, config: ExportConfig) -> tuple[Format, bool]:
@@ -81,10 +85,17 @@ def plan_export(model: str | Path, format: str, config: ExportConfig) -> tuple[F
     Raises:
         InputError: If the format cannot hold the model; says which can.
     """
+    made = make_format(format, FormatConfig(weights=config.weights))
     found = read_config(str(model))
-    made = check_format(format, FormatConfig(weights=config.weights), found)
+    check_model(made, found)
     routers = {layer.router for layer in read_layers(found)}
     return made, made.layout is not None and THRESHOLD in routers
+
+
+def check_output(output: Path) -> None:
+    """Refuse to write over what is there."""
+    if output.exists():
+        raise InputError(f"out {output} exists; delete it or choose another")
 
 
 def export(
@@ -119,8 +130,7 @@ def export(
     config = config or ExportConfig()
     output = Path(output)
     made, fixes = plan_export(model, format, config)
-    if output.exists():
-        raise InputError(f"output {output} exists; delete it or choose another")
+    check_output(output)
     if fixes and text is None:
         raise InputError(
             f"{format} needs the same number of blocks for every token, which is chosen on text; "
@@ -137,11 +147,15 @@ def export(
     loaded = load(model, dtype="float32", verify=False)
     require_space(output.parent, loaded.get_memory_footprint(), what="the export")
     losses: dict[str, BlockLosses] = {}
+    block_N = None
+    if heldout is not None:
+        block_N = choose_blocks(heldout, config.blocks_per_domain, config.seed)
 
     def measure(name: str) -> None:
         if heldout is not None:
-            found = evaluate_perplexity(loaded, heldout, config.quality, progress, name=name)
-            losses[name] = found.losses
+            losses[name] = evaluate_perplexity(
+                loaded, heldout, config.quality, progress, block_N=block_N, name=name
+            ).losses
 
     if loaded.config.moesaic.get("exact"):
         with all_experts_on(loaded):

@@ -109,7 +109,7 @@ class Format(ABC):
         """Load what `write` wrote, in float32."""
 
 
-def check_weights(name: str, config: FormatConfig, kinds: Sequence[str]) -> None:
+def check_kind(name: str, config: FormatConfig, kinds: Sequence[str]) -> None:
     """Refuse a way to store weights that a format does not have."""
     if config.weights not in (AUTO, *kinds):
         raise InputError(

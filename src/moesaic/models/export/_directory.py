@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from moesaic.models.export._base import AUTO, Format, FormatConfig, Layout, check_weights
+from moesaic.models.export._base import AUTO, Format, FormatConfig, Layout, check_kind
 
 DTYPES = {
     "float32": torch.float32,
@@ -45,7 +45,7 @@ class DirectoryFormat(Format):
     """
 
     def __init__(self, target: Target, config: FormatConfig) -> None:
-        check_weights(target.name, config, tuple(DTYPES))
+        check_kind(target.name, config, tuple(DTYPES))
         self.name = target.name
         self.layout = target.layout
         self.config = config

@@ -16,30 +16,27 @@ def make_format(name: str, config: FormatConfig) -> Format:
     return made
 
 
-def check_format(name: str, config: FormatConfig, model: Any) -> Format:
-    """Make a format that can hold a model.
+def check_model(made: Format, config: Any) -> None:
+    """Refuse a model that a format cannot hold.
 
     Args:
-        name: Registered name.
-        config: Settings.
-        model: Config of the converted model.
+        made: The format.
+        config: Of the converted model.
 
     Raises:
         InputError: Naming the property that stands in the way and the formats that can hold it, or
             the package that is missing.
     """
-    made = make_format(name, config)
-    if model.model_type in ARCHITECTURES:
+    if config.model_type in ARCHITECTURES:
         raise InputError("the model is dense, so its own tools export it; convert it first")
-    if found := made.obstacle(model):
+    if found := made.obstacle(config):
         others = [
             other
             for other in FORMATS
-            if other != name and not make_format(other, FormatConfig()).obstacle(model)
+            if other != made.name and not make_format(other, FormatConfig()).obstacle(config)
         ]
-        raise InputError(f"{name} cannot hold {found}; {' and '.join(others)} can")
+        raise InputError(f"{made.name} cannot hold {found}; {' and '.join(others)} can")
     if package := made.missing():
         raise InputError(
-            f"{name} needs {package}, which is not installed; pip install 'moesaic[{package}]'"
+            f"{made.name} needs {package}, which is not installed; pip install 'moesaic[{package}]'"
         )
-    return made

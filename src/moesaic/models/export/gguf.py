@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesaic.models.export._base import AUTO, Format, FormatConfig, check_weights
+from moesaic.models.export._base import AUTO, Format, FormatConfig, check_kind
 from moesaic.models.export._obstacles import read_layers
 from moesaic.models.export._stock import empty_model
 from moesaic.models.export.gguf_vocab import add_tokenizer, pre_tokenizer
@@ -44,7 +44,7 @@ class Gguf(Format):
     layout = LAYOUT
 
     def __init__(self, config: FormatConfig) -> None:
-        check_weights(self.name, config, _KINDS)
+        check_kind(self.name, config, _KINDS)
         self.config = config
 
     def obstacle(self, config: Any) -> str:
