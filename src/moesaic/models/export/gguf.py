@@ -9,6 +9,7 @@ Shapes: E experts, F width of one expert, D model width.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,11 +156,17 @@ class Gguf(Format):
         return "Q8_0" if kind == "Q4_0" and ends else kind
 
 
-def _pieces(name: str, tensor: Tensor, num_layers: int) -> Iterator[tuple[str, Tensor]]:
-    """Name a tensor of `Glm4MoeForCausalLM`, or its two halves, as GGUF does."""
+@functools.cache
+def _names(num_layers: int) -> Any:
+    """The names of tensors; making them takes a while."""
     import gguf
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GLM4_MOE, num_layers)
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.GLM4_MOE, num_layers)
+
+
+def _pieces(name: str, tensor: Tensor, num_layers: int) -> Iterator[tuple[str, Tensor]]:
+    """Name a tensor of `Glm4MoeForCausalLM`, or its two halves, as GGUF does."""
+    names = _names(num_layers)
     if name.endswith("e_score_correction_bias"):
         parts = [(name.removesuffix("_bias") + ".bias", tensor)]
     elif name.endswith("experts.gate_up_proj"):

@@ -29,7 +29,10 @@ def pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     if backend is None:
         return ""
     whole = json.loads(backend.to_str())
-    if whole["model"]["type"] != "BPE" or whole["normalizer"] not in (None, {"type": "NFC"}):
+    # llama.cpp reads no file without merges.
+    if whole["model"]["type"] != "BPE" or not whole["model"]["merges"]:
+        return ""
+    if whole["normalizer"] not in (None, {"type": "NFC"}):
         return ""
     step = whole["pre_tokenizer"] or {}
     steps = step.get("pretokenizers", [step])
