@@ -228,7 +228,7 @@ def test_routers_that_know_no_token_are_refused():
         for layer in moe_layers(model):
             layer.router.weight.zero_()
             layer.router.bias.fill_(4.0)
-    with pytest.raises(InputError, match="gates do not depend on the token.*init 'gram'"):
+    with pytest.raises(InputError, match=r"gates do not depend on the token.*init 'gram'"):
         fix_k(copy.deepcopy(model), random_ids(), SHARING, FixK(k=2))
     with pytest.raises(InputError, match="nothing is left to route"):
         fix_k(copy.deepcopy(model), random_ids(), DENSE, FixK())

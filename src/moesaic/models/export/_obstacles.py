@@ -12,7 +12,8 @@ from moesaic.nn.layer import LayerConfig
 
 THRESHOLD = "sigmoid-threshold"
 
-# Decoders that differ from Llama in more than their attention's biases, norms and window.
+_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
+# What others differ in, beside the biases, norms of heads and windows of their attention.
 _FOREIGN = {
     "gemma2": "norms after attention and network and a scale of the embedding",
     "gemma3_text": "norms after attention and network and a scale of the embedding",
@@ -45,8 +46,9 @@ class Attention:
 def foreign(config: Any) -> str:
     """Say why a decoder is not like Llama; empty if it is."""
     dense_type = config.model_type.removeprefix("moesaic_")
-    reason = _FOREIGN.get(dense_type, "")
-    return f"{dense_type}, which has {reason}" if reason else ""
+    if dense_type in _LIKE_LLAMA:
+        return ""
+    return f"{dense_type}, which has {_FOREIGN.get(dense_type, 'a decoder layer of its own')}"
 
 
 def attention_of(config: Any) -> Attention:
