@@ -87,28 +87,30 @@ def continued(address: str, ids: list[int], new_tokens: int) -> list[int]:
 
 
 def perplexity(model: Path, text: Path, context: int) -> tuple[float, int]:
-    """Perplexity by `llama-perplexity`, and the chunks that it read."""
+    """Perplexity by `llama-perplexity`, and the chunks that it is of.
+
+    It says the mean so far after each chunk. The last lines may be lost when it ends, since it
+    writes them in another thread.
+    """
     command = [str(find("llama-perplexity")), "-m", str(model), "-f", str(text)]
     command += ["-c", str(context), "-b", str(context), "-t", "1", "--no-warmup"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    said = run.stdout + run.stderr
-    found = re.search(r"Final estimate: PPL = ([\d.]+)", said)
-    chunks = re.search(r"calculating perplexity over (\d+) chunks", said)
-    assert found, said[-2000:]
-    assert chunks, said[-2000:]
-    return float(found[1]), int(chunks[1])
+    found = re.findall(r"\[(\d+)\]([\d.]+),", run.stdout)
+    assert found, run.stdout[-2000:] + run.stderr[-2000:]
+    chunks, value = found[-1]
+    return float(value), int(chunks)
 
 
 @torch.no_grad()
-def our_perplexity(model: Any, ids: list[int], context: int) -> tuple[float, int]:
-    """The same, as that program counts: of every chunk only the second half is predicted."""
-    chunks = torch.tensor(ids[: len(ids) // context * context]).view(-1, context)
+def our_perplexity(model: Any, ids: list[int], context: int, chunks: int) -> float:
+    """The same of the first chunks, as it counts: only the second half of each is predicted."""
+    assert len(ids) >= chunks * context
     first = context // 2
     losses = [
         torch.nn.functional.cross_entropy(
             model(input_ids=chunk[None]).logits[0, first:-1], chunk[first + 1 :]
         )
-        for chunk in chunks
+        for chunk in torch.tensor(ids[: chunks * context]).view(chunks, context)
     ]
-    return float(torch.stack(losses).mean().exp()), len(chunks)
+    return float(torch.stack(losses).mean().exp())

@@ -46,6 +46,6 @@ def test_perplexity_is_the_same(kind, bound, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"the {i * i % 97}th thing" for i in range(40)))
     theirs, chunks = perplexity(tmp_path / f"model-{kind}.gguf", text, 64)
-    ours, ours_chunks = our_perplexity(model, tokenizer(text.read_text())["input_ids"], 64)
-    assert chunks == ours_chunks > 4
+    assert chunks > 4
+    ours = our_perplexity(model, tokenizer(text.read_text())["input_ids"], 64, chunks)
     assert theirs == pytest.approx(ours, rel=bound)

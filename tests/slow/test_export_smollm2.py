@@ -74,7 +74,7 @@ def test_llama_cpp_agrees(mosaic, text, tmp_path):
     words = tokenizer.decode(text.heldout.take(6, seed=1).ids_NS.flatten().tolist())
     (tmp_path / "text.txt").write_text(words)
     theirs, chunks = perplexity(file, tmp_path / "text.txt", 128)
-    ours, ours_chunks = our_perplexity(model, tokenizer(words)["input_ids"], 128)
+    ours = our_perplexity(model, tokenizer(words)["input_ids"], 128, chunks)
     print({"llama.cpp": theirs, "ours": ours, "chunks": chunks})
-    assert chunks == ours_chunks
+    assert chunks >= 4
     assert theirs == pytest.approx(ours, rel=0.01)
