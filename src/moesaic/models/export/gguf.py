@@ -1,8 +1,9 @@
-"""GGUF files for llama.cpp: its architecture `glm4moe`, tokenizer and chat template included.
+"""GGUF files for llama.cpp: its architecture `glm4moe`, that of GLM-4.5 (arXiv 2508.06471).
 
 Tried against llama.cpp: the router and the bias of the choice stay in F32; the bias has to be
 there, and so has a shared block; queries and keys are not permuted; a tied head may be left out.
-The file is what `Glm4MoeForCausalLM` holds, under the names that the `gguf` package has for them.
+The file is what `Glm4MoeForCausalLM` holds, under the names that the `gguf` package has for it,
+with the tokenizer and its chat template.
 
 Shapes: E experts, F width of one expert, D model width.
 """
