@@ -232,6 +232,13 @@ def test_layers_that_differ_are_refused(name):
             check_model(export_format(name), config)
 
 
+def test_gates_in_some_layers_alone_are_refused():
+    config = copy.deepcopy(dsmoe("qwen3").config)
+    config.moesaic["layers"][1].update(num_experts=0, shared_width=128, router="")
+    with pytest.raises(InputError, match=r"^qwen3_moe cannot hold gates in some layers"):
+        check_model(export_format("qwen3_moe"), config)
+
+
 @pytest.mark.parametrize(
     ("name", "model_type", "options", "message"),
     [
