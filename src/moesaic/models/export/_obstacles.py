@@ -148,9 +148,9 @@ def _differences(layers: Sequence[LayerConfig], layout: Layout) -> str:
     routed = [layer for layer in layers if layer.num_experts]
     if not routed:
         return "a model without any routed block"
-    if any(layer.router == THRESHOLD for layer in layers):
-        if len({layer.router for layer in layers}) > 1:
-            return "gates in some layers and none in others"
+    routers = {layer.router for layer in layers}
+    if THRESHOLD in routers and len(routers) > 1:
+        return "gates in some layers and none in others"
     aspects: dict[str, set[Any]] = {
         "numbers of blocks": {layer.num_experts for layer in routed},
         "widths of blocks": {layer.width for layer in routed},
