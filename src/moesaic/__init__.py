@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moesaic.models.checkpoint import load, load_dense, save
     from moesaic.nn.layer import LayerConfig, MoELayer, all_experts_on, record_routing
     from moesaic.nn.routing import Routing
+    from moesaic.recipes.exporting import ExportConfig, export
     from moesaic.recipes.suggestion import suggest
     from moesaic.training import TrainConfig, train
 
@@ -30,6 +31,7 @@ _HOMES = {
     "DSMoE": "moesaic.conversion.dsmoe",
     "DataConfig": "moesaic.data",
     "EvaluationConfig": "moesaic.evaluation",
+    "ExportConfig": "moesaic.recipes.exporting",
     "FLAP": "moesaic.compression.pruning.flap",
     "LLaMAMoE": "moesaic.conversion.llama_moe",
     "LayerConfig": "moesaic.nn.layer",
@@ -41,6 +43,7 @@ _HOMES = {
     "calibrate": "moesaic.calibration",
     "convert": "moesaic.conversion.api",
     "evaluate": "moesaic.evaluation",
+    "export": "moesaic.recipes.exporting",
     "load": "moesaic.models.checkpoint",
     "load_dense": "moesaic.models.checkpoint",
     "prepare": "moesaic.data",
@@ -56,6 +59,7 @@ __all__ = [
     "DSMoE",
     "DataConfig",
     "EvaluationConfig",
+    "ExportConfig",
     "LLaMAMoE",
     "LayerConfig",
     "MoELayer",
@@ -67,6 +71,7 @@ __all__ = [
     "calibrate",
     "convert",
     "evaluate",
+    "export",
     "load",
     "load_dense",
     "prepare",

@@ -16,7 +16,7 @@ class MethodInfo:
     """One registered method.
 
     Attributes:
-        name: Registered name, in kebab-case.
+        name: Registered name, in kebab-case or as other software spells it.
         target: `package.module:Object` of the class or function.
         config: `package.module:Config` of its frozen dataclass of settings.
         summary: What it does, at most 80 characters.

@@ -209,11 +209,16 @@ def save(
         model.save_pretrained(temporary, max_shard_size=max(_SHARD_BYTES, num_bytes // 10))
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-            for file in sorted(temporary.iterdir())
-        }
-        write_json(temporary / MANIFEST, {**manifest, "files": files})
+        write_manifest(temporary, manifest)
+
+
+def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the record of a directory into it, with the hash of every file that is there."""
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        for file in sorted(directory.iterdir())
+    }
+    write_json(directory / MANIFEST, {**manifest, "files": files})
 
 
 def verify_files(path: Path) -> dict[str, Any]:

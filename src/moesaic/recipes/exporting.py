@@ -1,0 +1,222 @@
+"""`moesaic.export`: fix the number of blocks where the target needs it, write, verify, record.
+
+What it costs is measured on held-out text, when there is some: the dense model that the checkpoint
+holds, the checkpoint with its own number of blocks for every token, the same with a fixed number,
+and once more after the weights were rounded to what the format stores.
+
+Shapes: N blocks of S tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moesaic._config import to_plain
+from moesaic._errors import InputError
+from moesaic._files import atomic_directory, require_space
+from moesaic._progress import SILENT, Progress
+from moesaic.conversion.fix_k import FixK, fix_k
+from moesaic.data import TokenBlocks
+from moesaic.evaluation import QualityConfig, choose_blocks, evaluate_perplexity, perplexity_ratio
+from moesaic.evaluation.intervals import BlockLosses
+from moesaic.models.checkpoint import (
+    add_step,
+    load,
+    load_tokenizer,
+    read_config,
+    verify_files,
+    write_manifest,
+)
+from moesaic.models.export._base import Format, FormatConfig
+from moesaic.models.export._obstacles import THRESHOLD, read_layers
+from moesaic.models.export.check import check_model, make_format
+from moesaic.models.export.verify import verify
+from moesaic.nn.layer import all_experts_on
+
+_PROMPTS = 20
+_PROMPT_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """Settings of an export.
+
+    Attributes:
+        weights: How weights are stored; see `FormatConfig`.
+        fix_k: How a number of blocks for every token is chosen, where the format needs one.
+        calibration_tokens: Training text that is read to choose it.
+        blocks_per_domain: Held-out blocks of each domain that the loss is measured on.
+        quality: How they are read.
+        seed: Of their choice.
+    """
+
+    weights: str = "auto"
+    fix_k: FixK = field(default_factory=FixK)
+    calibration_tokens: int = 16_384
+    blocks_per_domain: int = 8
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, usual in (("calibration_tokens", 16_384), ("blocks_per_domain", 8)):
+            if getattr(self, name) < 1:
+                raise InputError(
+                    f"{name} must be at least 1, got {getattr(self, name)}; {usual} is usual"
+                )
+
+
+def plan_export(model: str | Path, format: str, config: ExportConfig) -> tuple[Format, bool]:
+    """Check an export before anything expensive.
+
+    Args:
+        model: A converted checkpoint.
+        format: Name of a registered format.
+        config: Settings.
+
+    Returns:
+        The format, and whether the number of blocks has to be fixed, which takes text.
+
+    Raises:
+        InputError: If the format cannot hold the model; says which can.
+    """
+    made = make_format(format, FormatConfig(weights=config.weights))
+    found = read_config(str(model))
+    check_model(made, found)
+    routers = {layer.router for layer in read_layers(found)}
+    return made, made.layout is not None and THRESHOLD in routers
+
+
+def check_output(output: Path) -> None:
+    """Refuse to write over what is there."""
+    if output.exists():
+        raise InputError(f"out {output} exists; delete it or choose another")
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    format: str,
+    config: ExportConfig | None = None,
+    *,
+    text: TokenBlocks | None = None,
+    heldout: TokenBlocks | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Write a converted checkpoint in the form of other software, and check what was written.
+
+    Args:
+        model: A converted checkpoint; it stays as it is.
+        output: Directory to write, which must not exist.
+        format: Name of a registered format; `moesaic ls formats` lists them.
+        config: Settings.
+        text: Training text, packed with the tokenizer of the model, to choose a fixed number of
+            blocks on.
+        heldout: Text to measure the loss on; none measures nothing.
+        progress: Told of every stage.
+
+    Returns:
+        What was decided, verified and lost, as the manifest of the output holds it.
+
+    Raises:
+        InputError: If the format cannot hold the model, or text is missing.
+        RunError: If what was written is not the model; nothing is left then.
+    """
+    config = config or ExportConfig()
+    output = Path(output)
+    made, fixes = plan_export(model, format, config)
+    check_output(output)
+    if fixes and text is None:
+        raise InputError(
+            f"{format} needs the same number of blocks for every token, which is chosen on text; "
+            "give text, or export remote-code"
+        )
+    manifest = verify_files(Path(model))
+    tokenizer = load_tokenizer(str(model)) if _has_tokenizer(Path(model)) else None
+    if tokenizer is not None and (found := made.tokenizer_obstacle(tokenizer)):
+        raise InputError(f"{format} cannot hold {found}; glm4_moe takes any tokenizer")
+    dtype = torch.float32
+    stored = getattr(read_config(str(model)), "dtype", None)
+    if isinstance(stored, torch.dtype):
+        dtype = stored
+    loaded = load(model, dtype="float32", verify=False)
+    require_space(output.parent, loaded.get_memory_footprint(), what="the export")
+    losses: dict[str, BlockLosses] = {}
+    block_N = None
+    if heldout is not None:
+        block_N = choose_blocks(heldout, config.blocks_per_domain, config.seed)
+
+    def measure(name: str) -> None:
+        if heldout is not None:
+            losses[name] = evaluate_perplexity(
+                loaded, heldout, config.quality, progress, block_N=block_N, name=name
+            ).losses
+
+    if loaded.config.moesaic.get("exact"):
+        with all_experts_on(loaded):
+            measure("dense")
+    measure("variable" if fixes else "checkpoint")
+    results: dict[str, Any] = {"format": format}
+    if fixes:
+        assert text is not None
+        assert made.layout is not None
+        ids_NS = _drawn(text, config.calibration_tokens)
+        _, decided = fix_k(loaded, ids_NS, made.layout, config.fix_k, progress)
+        results |= decided
+        measure("fixed")
+    if made.round(loaded, dtype):
+        measure("exported")
+    with atomic_directory(output) as temporary:
+        made.write(loaded, tokenizer, temporary, dtype)
+        prompts_BS = _prompts(heldout if heldout is not None else text, loaded)
+        results |= to_plain(verify(made.read(temporary), loaded, prompts_BS))
+        if losses:
+            results["quality"] = _quality(losses, config.quality)
+        settings = {"format": format, **to_plain(config)}
+        write_manifest(temporary, add_step(manifest, f"export {format}", settings, results))
+    return results
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file()
+
+
+def _drawn(text: TokenBlocks, tokens: int) -> Tensor:
+    num_blocks = min(len(text), max(1, tokens // text.block))
+    return torch.from_numpy(text.take(num_blocks).ids_NS).long()
+
+
+def _prompts(text: TokenBlocks | None, model: PreTrainedModel) -> Tensor:
+    """The beginnings of blocks, [B, S]; random tokens where there is no text."""
+    if text is None:
+        draw = torch.Generator().manual_seed(0)
+        vocabulary = int(model.config.vocab_size)
+        return torch.randint(vocabulary, (_PROMPTS, _PROMPT_TOKENS), generator=draw)
+    length = min(_PROMPT_TOKENS, text.block)
+    # A block gives more than one where there are few.
+    pieces_BS = torch.from_numpy(text.ids_NS).long().unfold(1, length, length).flatten(0, 1)
+    step = max(1, len(pieces_BS) // _PROMPTS)
+    return pieces_BS[::step][:_PROMPTS]
+
+
+def _quality(losses: dict[str, BlockLosses], config: QualityConfig) -> dict[str, Any]:
+    """Perplexity of every stage, and its ratio to the stages before it."""
+    record: dict[str, Any] = {}
+    for name, found in losses.items():
+        nll, tokens = float(found.nll_N.sum()), int(found.tokens_N.sum())
+        record[name] = {
+            "perplexity": float(torch.tensor(nll / tokens, dtype=torch.float64).exp()),
+            "ratio": {
+                other: to_plain(
+                    perplexity_ratio(found, losses[other], config.resamples, config.seed)
+                )
+                for other in losses
+                if other != name and list(losses).index(other) < list(losses).index(name)
+            },
+        }
+    return record
