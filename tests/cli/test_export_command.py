@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from export_cases import dsmoe, merging_tokenizer
+from export_cases import WIDE, dsmoe, merging_tokenizer
+from model_cases import Case, dense_model
 from recipe_cases import write_text
 
 from moesaic.cli.main import main
@@ -12,9 +13,11 @@ from moesaic.models import new_manifest, save
 
 @pytest.fixture
 def argv(tmp_path):
-    model = dsmoe(vocab_size=260, max_position_embeddings=512)
-    model.config.moesaic["exact"] = True
-    save(model, tmp_path / "mosaic", new_manifest("tiny", model), merging_tokenizer())
+    options = {"vocab_size": 260, "max_position_embeddings": 512}
+    parent = dense_model(Case("llama", WIDE | options))
+    parent.save_pretrained(tmp_path / "dense")
+    manifest = new_manifest(str(tmp_path / "dense"), parent)
+    save(dsmoe(**options), tmp_path / "mosaic", manifest, merging_tokenizer())
     text = ["--data.sources", f"notes={write_text(tmp_path / 'text')}", "--data.block", "32"]
     out = ["--out", str(tmp_path / "out"), "--calibration-tokens", "128"]
     return ["export", str(tmp_path / "mosaic"), *out, "--blocks-per-domain", "2", *text]

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from calibration_cases import make_text
-from export_cases import dsmoe, export_format, fitting, merging_tokenizer
-from model_cases import VOCAB, random_ids
+from export_cases import WIDE, dsmoe, export_format, fitting, merging_tokenizer
+from model_cases import VOCAB, Case, dense_model, random_ids
 
 import moesaic
 from moesaic._errors import CheckpointError, InputError, RunError
@@ -22,12 +22,12 @@ LLAMA = [name for name in FORMATS if name != "qwen3_moe"]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A DSMoE of 4 blocks, cut exactly."""
-    path = tmp_path_factory.mktemp("exporting") / "mosaic"
-    model = dsmoe()
-    model.config.moesaic["exact"] = True
-    save(model, path, new_manifest("tiny", model))
-    return path
+    """A DSMoE of 4 blocks, and its parent beside it."""
+    root = tmp_path_factory.mktemp("exporting")
+    parent = dense_model(Case("llama", WIDE))
+    parent.save_pretrained(root / "dense")
+    save(dsmoe(), root / "mosaic", new_manifest(str(root / "dense"), parent))
+    return root / "mosaic"
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,15 @@ def test_rounding_is_a_loss_of_its_own(checkpoint, texts, tmp_path):
     assert results["k"] == 3
     stored = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (stored["dtype"], stored["num_experts_per_tok"]) == ("bfloat16", 2)
+
+
+def test_a_parent_that_is_gone_is_said(texts, tmp_path, caplog):
+    model = dsmoe()
+    save(model, tmp_path / "mosaic", new_manifest(str(tmp_path / "dense"), model))
+    text, heldout = texts
+    results = export(tmp_path / "mosaic", tmp_path / "out", "mixtral", text=text, heldout=heldout)
+    assert list(results["quality"]) == ["variable", "fixed"]
+    assert f"{tmp_path / 'dense'} does not exist" in caplog.text
 
 
 def test_a_checkpoint_keeps_its_dtype(texts, tmp_path):

@@ -1,14 +1,15 @@
 """`moesaic.export`: fix the number of blocks where the target needs it, write, verify, record.
 
-What it costs is measured on held-out text, when there is some: the dense model that the checkpoint
-holds, the checkpoint with its own number of blocks for every token, the same with a fixed number,
-and once more after the weights were rounded to what the format stores.
+What it costs is measured on held-out text, when there is some: the dense parent, the checkpoint
+with its own number of blocks for every token, the same with a fixed number, and once more after the
+weights were rounded to what the format stores.
 
 Shapes: N blocks of S tokens.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesaic._config import to_plain
-from moesaic._errors import InputError
+from moesaic._errors import InputError, MoesaicError
 from moesaic._files import atomic_directory, require_space
 from moesaic._progress import SILENT, Progress
 from moesaic.conversion.fix_k import FixK, fix_k
@@ -28,6 +29,7 @@ from moesaic.evaluation.intervals import BlockLosses
 from moesaic.models.checkpoint import (
     add_step,
     load,
+    load_parent,
     load_tokenizer,
     read_config,
     verify_files,
@@ -37,7 +39,8 @@ from moesaic.models.export._base import Format, FormatConfig
 from moesaic.models.export._obstacles import THRESHOLD, read_layers
 from moesaic.models.export.check import check_model, make_format
 from moesaic.models.export.verify import verify
-from moesaic.nn.layer import all_experts_on
+
+logger = logging.getLogger(__name__)
 
 _PROMPTS = 20
 _PROMPT_TOKENS = 16
@@ -151,15 +154,15 @@ def export(
     if heldout is not None:
         block_N = choose_blocks(heldout, config.blocks_per_domain, config.seed)
 
-    def measure(name: str) -> None:
+    def measure(name: str, subject: PreTrainedModel = loaded) -> None:
         if heldout is not None:
             losses[name] = evaluate_perplexity(
-                loaded, heldout, config.quality, progress, block_N=block_N, name=name
+                subject, heldout, config.quality, progress, block_N=block_N, name=name
             ).losses
 
-    if loaded.config.moesaic.get("exact"):
-        with all_experts_on(loaded):
-            measure("dense")
+    if heldout is not None and (parent := _parent(manifest, dtype)) is not None:
+        measure("dense", parent)
+        del parent
     measure("variable" if fixes else "checkpoint")
     results: dict[str, Any] = {"format": format}
     if fixes:
@@ -180,6 +183,17 @@ def export(
         settings = {"format": format, **to_plain(config)}
         write_manifest(temporary, add_step(manifest, f"export {format}", settings, results))
     return results
+
+
+def _parent(manifest: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel | None:
+    """The dense parent in float32; none, and a word why, where it is no longer what it was."""
+    try:
+        parent: Any = load_parent(manifest, dtype=str(dtype).removeprefix("torch."))
+    except MoesaicError as error:
+        logger.warning("what was lost against the dense parent is not measured: %s", error)
+        return None
+    whole: PreTrainedModel = parent.float()
+    return whole
 
 
 def _has_tokenizer(path: Path) -> bool:
