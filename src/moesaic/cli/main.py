@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "Compare methods at the same active fraction, under one protocol",
     "bench": "Measure speed beside peers and the physical limit of this machine",
     "generate": "Write text with a dense or converted model",
+    "serve": "Serve a model with the protocol of OpenAI",
     "report": "Turn an evaluation record into one HTML page",
     "ls": "List methods or published systems",
     "doctor": "Say what this machine can run, and why not the rest",

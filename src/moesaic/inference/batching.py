@@ -273,7 +273,7 @@ class Batch:
         if job.num_likely is not None:
             logprobs_V = logits_V.log_softmax(0)
             logprob = float(logprobs_V[token])
-            top = logprobs_V.topk(job.num_likely)
+            top = logprobs_V.topk(min(job.num_likely, len(logprobs_V)))
             likely = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         finish: Literal["length"] | None = None
         if len(running.new_T) == job.max_new_tokens:
