@@ -59,8 +59,8 @@ class ServeConfig:
             raise InputError(f"port must be in [0, 65535], got {self.port}; 0 takes a free one")
         if not self.slots <= self.rows <= MAX_ROWS:
             raise InputError(
-                f"rows must be in [slots={self.slots}, {MAX_ROWS}], got {self.rows}; a step reads a "
-                "token of every sequence"
+                f"rows must be in [slots={self.slots}, {MAX_ROWS}], got {self.rows}; a step "
+                "reads a token of every sequence"
             )
         for name in ("timeout_s", "drain_s"):
             if not getattr(self, name) > 0:

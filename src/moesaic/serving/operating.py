@@ -10,7 +10,7 @@ Shapes: T tokens, L layers, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ def measure_curve(
 
     points = [(threshold, at(threshold)) for threshold in (0.0, _LAST)]
     while len(points) < most:
-        gaps = [left[1] - right[1] for left, right in zip(points, points[1:], strict=False)]
+        gaps = [left[1] - right[1] for left, right in pairwise(points)]
         widest = int(np.argmax(gaps))
         if gaps[widest] <= _GAP:
             break

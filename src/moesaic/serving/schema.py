@@ -1,4 +1,4 @@
-"""What clients may ask: the requests of OpenAI's protocol, with the fields that mean something here.
+"""What clients may ask: the requests of OpenAI's protocol, with the fields that mean something.
 
 A field that would change the answer and that this server cannot honour is refused, never ignored.
 The answers are built from the types that the package openai publishes.
@@ -8,13 +8,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+
+def _whole(text: str) -> str:
+    # JSON can spell half a surrogate pair, which is no character and which tokenizers cannot read.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds half a surrogate pair, which is no character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Zero = Annotated[float, Field(ge=0, le=0, description="not supported: 0 or left out")]
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Prompt = Annotated[str, Field(min_length=1)]
+Prompt = Annotated[Text, Field(min_length=1)]
 
 
 class StreamOptions(BaseModel):
@@ -31,7 +42,7 @@ class Common(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    model: str
+    model: Text
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
@@ -73,7 +84,7 @@ class TextPart(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
@@ -82,7 +93,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
