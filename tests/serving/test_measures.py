@@ -10,13 +10,13 @@ from serving_cases import chat_tokenizer, running
 
 from moesaic._errors import InputError
 from moesaic.inference import PlainDecoder
+from moesaic.inference.activity import ActiveShare
 from moesaic.inference.batching import Step
 from moesaic.models.checkpoint import load
 from moesaic.models.ffn import dense_ffn_width
 from moesaic.nn.layer import moe_layers, record_routing
 from moesaic.nn.operating_point import threshold_at
 from moesaic.nn.shape import layer_shapes
-from moesaic.serving.activity import ActiveShare
 from moesaic.serving.metrics import ActiveExperts
 from moesaic.serving.operating import OperatingCurve, measure_curve
 from moesaic.training.budget import active_fraction

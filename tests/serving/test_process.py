@@ -12,6 +12,7 @@ import pytest
 from moesaic.cli.main import main
 
 
+@pytest.mark.slow
 def test_sigterm_lets_a_stream_end(mosaic):
     argv = [sys.executable, "-m", "moesaic.cli.main", "serve", str(mosaic), "--port", "0"]
     argv += ["--length", "256", "--slots", "2"]

@@ -57,16 +57,17 @@ def run(argv: Sequence[str]) -> int:
             f"serving to whoever reaches {config.host}, without a key; set {KEY_VARIABLE}",
             file=sys.stderr,
         )
-    listener = open_socket(config)
-    served = ServedModel(
-        options.model,
-        config,
-        native={"auto": None, "native": True, "transformers": False}[options.engine],
-        weight_format=None if options.weights == "auto" else options.weights,
-    )
-    serve(
-        served,
-        listener,
-        lambda address: print(f"serving {served.name} at {address}", file=sys.stderr, flush=True),
-    )
+    # The address first: a model is not loaded for one that is taken.
+    with open_socket(config) as listener:
+        served = ServedModel(
+            options.model,
+            config,
+            native={"auto": None, "native": True, "transformers": False}[options.engine],
+            weight_format=None if options.weights == "auto" else options.weights,
+        )
+
+        def ready(address: str) -> None:
+            print(f"serving {served.name} at {address}", file=sys.stderr, flush=True)
+
+        serve(served, listener, ready)
     return 0

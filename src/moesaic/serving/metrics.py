@@ -14,8 +14,8 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moesaic.inference.activity import ActiveShare
 from moesaic.inference.batching import Step
-from moesaic.serving.activity import ActiveShare
 from moesaic.serving.worker import Worker
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)

@@ -10,6 +10,7 @@ from openai.types import Model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic._errors import InputError, RunError
+from moesaic.inference.activity import ActiveShare
 from moesaic.inference.batching import Batch, Stepper
 from moesaic.inference.decoder import Decoder
 from moesaic.inference.plain_decoder import PlainDecoder
@@ -17,7 +18,6 @@ from moesaic.models.checkpoint import load_any, load_tokenizer
 from moesaic.nn.layer import moe_layers
 from moesaic.nn.operating_point import threshold_routers
 from moesaic.ops.cpu.packed import Format
-from moesaic.serving.activity import ActiveShare
 from moesaic.serving.config import ServeConfig
 from moesaic.serving.metrics import Metrics
 from moesaic.serving.operating import OperatingCurve, measure_curve, measuring_text

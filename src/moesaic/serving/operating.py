@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from moesaic._errors import InputError
 from moesaic.data import BUILTINS
+from moesaic.inference.activity import ActiveShare
 from moesaic.inference.batching import Stepper
-from moesaic.serving.activity import ActiveShare
 
 # A threshold is placed between two measured ones that are at most this far apart.
 _GAP = 0.04

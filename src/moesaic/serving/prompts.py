@@ -23,7 +23,10 @@ def chat_ids(
     Raises:
         InputError: If the tokenizer has no template, or its template refuses these messages.
     """
-    require_template(tokenizer)
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            "the tokenizer of this model has no chat template; give a prompt to go on from instead"
+        )
     try:
         encoded: Any = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
@@ -39,14 +42,6 @@ def chat_ids(
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of a text to go on from."""
     return list(tokenizer(text)["input_ids"])
-
-
-def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that cannot chat."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            "the tokenizer of this model has no chat template; give a prompt to go on from instead"
-        )
 
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -16,8 +16,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
+from moesaic.inference.activity import ActiveShare
 from moesaic.inference.batching import Batch, Job, Step
-from moesaic.serving.activity import ActiveShare
 from moesaic.serving.text import Piece, TextStream
 
 logger = logging.getLogger(__name__)
