@@ -90,7 +90,7 @@ def test_a_full_server_says_so_and_takes_requests_again(mosaic):
                 assert list(stream)[-1].choices[0].finish_reason == "length"
         assert status_of(server, "/ready") == 200
         assert client.chat.completions.create(**ASK).usage.completion_tokens == 12
-        with pytest.raises(openai.RateLimitError):
+        with pytest.raises(openai.BadRequestError, match="asks for 6 sequences, more than the 5"):
             client.chat.completions.create(**ASK, n=6)
 
 

@@ -269,7 +269,8 @@ class Batch:
             self.remove(key)
             return Written(key=key, token=None, finish="stop", used_LE=used_LE)
         running.new_T.append(token)
-        logprob, likely = None, ()
+        logprob: float | None = None
+        likely: tuple[tuple[int, float], ...] = ()
         if job.num_likely is not None:
             logprobs_V = logits_V.log_softmax(0)
             logprob = float(logprobs_V[token])

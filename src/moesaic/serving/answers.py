@@ -106,17 +106,19 @@ class ChatForm(_Base):
 
     def start(self, count: int) -> list[BaseModel]:
         """Say who speaks."""
-        return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(count)]
+        delta = {"role": "assistant", "content": ""}
+        return [self._chunk([{"index": index, "delta": delta}]) for index in range(count)]
 
     def chunk(self, index: int, piece: Piece) -> BaseModel:
         """A chunk of a stream."""
         delta = {} if piece.finish and not piece.text else {"content": piece.text}
-        return self._chunk(index, delta, piece)
+        choice = {"index": index, "delta": delta, "finish_reason": piece.finish}
+        return self._chunk([{**choice, "logprobs": self._logprobs(piece)}])
 
     def end(self, uses: Sequence[Use]) -> BaseModel:
         """The chunk that tells what the answer cost."""
         told = usage(uses, self._per_prompt)
-        return self._valid(ChatCompletionChunk, choices=[], usage=told, **self._ours(uses))
+        return self._chunk([], usage=told, **self._ours(uses))
 
     def whole(self, pieces: Sequence[Piece], uses: Sequence[Use]) -> BaseModel:
         """An answer at once."""
@@ -130,17 +132,13 @@ class ChatForm(_Base):
             for index, piece in enumerate(pieces)
         ]
         told = usage(uses, self._per_prompt)
-        return self._valid(ChatCompletion, choices=choices, usage=told, **self._ours(uses))
+        fields = {"choices": choices, "usage": told, **self._ours(uses)}
+        return ChatCompletion.model_validate({**self._head, "object": "chat.completion", **fields})
 
-    def _chunk(self, index: int, delta: dict[str, str], piece: Piece | None = None) -> BaseModel:
-        choice = {"index": index, "delta": delta, "finish_reason": piece and piece.finish}
-        if piece is not None:
-            choice["logprobs"] = self._logprobs(piece)
-        return self._valid(ChatCompletionChunk, choices=[choice])
-
-    def _valid(self, kind: type[BaseModel], **fields: Any) -> BaseModel:
-        names = {ChatCompletion: "chat.completion", ChatCompletionChunk: "chat.completion.chunk"}
-        return kind.model_validate({**self._head, "object": names[kind], **fields})
+    def _chunk(self, choices: list[dict[str, Any]], **fields: Any) -> BaseModel:
+        return ChatCompletionChunk.model_validate(
+            {**self._head, "object": "chat.completion.chunk", "choices": choices, **fields}
+        )
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         if not self._scored:

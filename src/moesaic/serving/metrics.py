@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -108,7 +109,7 @@ class Metrics:
         self._experts = ActiveExperts(share.routed)
         if share.routed:
             self.registry.register(self._experts)
-        options = {"registry": self.registry}
+        options: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter(
             "moesaic_requests", "Requests answered", ["path", "status"], **options
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from openai.types import Model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,7 +56,8 @@ class ServedModel:
         self.name = config.name or _name_of(source)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(source)
         model = load_any(source)
-        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        embeddings: Any = model.get_input_embeddings()
+        self.vocabulary: int = embeddings.weight.shape[0]
         self.length = _length(model, config)
         self.stop = stop_ids(model, self.tokenizer)
         self.share = ActiveShare(model)

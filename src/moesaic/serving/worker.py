@@ -219,6 +219,10 @@ class Worker:
             logger.exception("the worker died; restart the server")
             self._failed = True
             self._call([(ticket.answer, WorkerError()) for ticket in self._tickets.values()])
+            # Those that were on their way when it died.
+            while (message := self._inbox.get()) is not None:
+                if isinstance(message, _Ticket):
+                    self._call([(message.answer, WorkerError())])
 
     def _take_in(self) -> bool:
         """Do what was asked meanwhile, waiting where there is nothing else to do; False: end."""
