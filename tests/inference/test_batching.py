@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_cases import Case, converted, dense_model, random_ids
 
@@ -88,6 +88,7 @@ def test_models_without_a_native_decoder_are_batched(model_type):
 
 
 @native
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.integers(0, 9), min_size=6, max_size=6),
     st.dictionaries(st.integers(0, 5), st.integers(0, 20), max_size=3),

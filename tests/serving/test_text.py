@@ -1,7 +1,7 @@
 """Text comes in whole characters and ends before a stop string, however tokens cut it."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipe_cases import byte_tokenizer
 
@@ -23,6 +23,7 @@ def feed(stream, ids, finish="length"):
     return pieces
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 255), min_size=1, max_size=40))
 def test_pieces_join_to_the_text_of_all_tokens(ids):
     pieces = feed(TextStream(TOKENIZER), ids)
@@ -30,6 +31,7 @@ def test_pieces_join_to_the_text_of_all_tokens(ids):
     assert [score.token for piece in pieces for score in piece.scores] == ids
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_no_piece_holds_half_a_character(text):
     detokenizer = Detokenizer(TOKENIZER)
@@ -39,6 +41,7 @@ def test_no_piece_holds_half_a_character(text):
     assert detokenizer.rest() == ""
 
 
+@settings(deadline=None)
 @given(
     st.text("ab\u00e9", max_size=20),
     st.lists(st.text("ab\u00e9", min_size=1, max_size=4), min_size=1, max_size=3),
