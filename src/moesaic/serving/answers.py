@@ -133,12 +133,16 @@ class ChatForm(_Base):
         ]
         told = usage(uses, self._per_prompt)
         fields = {"choices": choices, "usage": told, **self._ours(uses)}
-        return ChatCompletion.model_validate({**self._head, "object": "chat.completion", **fields})
+        answer: BaseModel = ChatCompletion.model_validate(
+            {**self._head, "object": "chat.completion", **fields}
+        )
+        return answer
 
     def _chunk(self, choices: list[dict[str, Any]], **fields: Any) -> BaseModel:
-        return ChatCompletionChunk.model_validate(
+        chunk: BaseModel = ChatCompletionChunk.model_validate(
             {**self._head, "object": "chat.completion.chunk", "choices": choices, **fields}
         )
+        return chunk
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         if not self._scored:
@@ -197,6 +201,7 @@ class CompletionForm(_Base):
         )
 
     def _made(self, choices: list[CompletionChoice], **fields: Any) -> BaseModel:
-        return Completion.model_construct(
+        answer: BaseModel = Completion.model_construct(
             **self._head, object="text_completion", choices=choices, **fields
         )
+        return answer
