@@ -103,6 +103,7 @@ def show_routing(console: Console, text: RoutedText, job: Job, layer: int | None
                 columns.append(",".join(map(str, used)) or "-")
             # Not through rich, which makes spaces of tabs.
             console.file.write("\t".join([*columns, repr(token.text)]) + "\n")
+            console.file.flush()
             continue
         if used is None:
             level = text.scale.level(token.active)
