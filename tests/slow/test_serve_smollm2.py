@@ -8,7 +8,7 @@ import pytest
 import torch
 from openai import OpenAI
 
-from moesaic.models.checkpoint import load_dense, load_tokenizer
+from moesaic.models.checkpoint import load_dense, load_tokenizer, new_manifest, save
 from moesaic.serving.config import ServeConfig
 from moesaic.serving.model import ServedModel
 from moesaic.serving.server import make_server, open_socket
@@ -20,9 +20,18 @@ QUESTIONS = ["What is the capital of France?", "Name three colours.", "Say hello
 
 
 @pytest.fixture(scope="module")
-def client():
-    config = ServeConfig(port=0, name="smollm2", slots=3, length=128)
-    served = ServedModel(SOURCE, config)
+def directory(tmp_path_factory):
+    """The model in a form that loads quickly, twice."""
+    directory = tmp_path_factory.mktemp("smollm2") / "smollm2"
+    model = load_dense(SOURCE)
+    save(model, directory, new_manifest(SOURCE, model), load_tokenizer(SOURCE))
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def client(directory):
+    config = ServeConfig(port=0, slots=3, length=128)
+    served = ServedModel(directory, config)
     listener = open_socket(config)
     server = make_server(served)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
@@ -44,10 +53,10 @@ def ask(client, question, **options):
     )
 
 
-def test_answers_asked_together_are_those_of_transformers(client):
+def test_answers_asked_together_are_those_of_transformers(client, directory):
     with ThreadPoolExecutor(len(QUESTIONS)) as pool:
         answers = list(pool.map(lambda question: ask(client, question), QUESTIONS))
-    model, tokenizer = load_dense(SOURCE), load_tokenizer(SOURCE)
+    model, tokenizer = load_dense(directory), load_tokenizer(directory)
     for question, answer in zip(QUESTIONS, answers, strict=True):
         ids_1T = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}],
