@@ -47,7 +47,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --editable '.[gguf,train,eval,docs,dev]'
+	$(PIP) --editable '.[gguf,train,eval,serve,docs,dev]'
 	touch $@
 
 clean:

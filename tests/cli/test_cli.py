@@ -298,7 +298,7 @@ def test_wrong_ways_to_generate_are_refused_before_loading(
     root, capsys, monkeypatch, options, message
 ):
     monkeypatch.setattr(
-        "moesaic.cli.generate.load_dense", lambda *a, **k: pytest.fail("a model was loaded")
+        "moesaic.cli.generate.load_any", lambda *a, **k: pytest.fail("a model was loaded")
     )
     argv = ["generate", str(root / "dense"), "--prompt", "word1", *options]
     assert message in fails(capsys, argv)
@@ -455,7 +455,7 @@ def test_one_router_setting_keeps_the_others(root, capsys):
 
 def test_chat_without_a_template(root, capsys, monkeypatch):
     monkeypatch.setattr(
-        "moesaic.cli.generate.load_dense", lambda *a, **k: pytest.fail("a model was loaded")
+        "moesaic.cli.generate.load_any", lambda *a, **k: pytest.fail("a model was loaded")
     )
     argv = ["generate", str(root / "dense"), "--prompt", "a", "--chat"]
     assert "has no chat template; leave out --chat" in fails(capsys, argv)

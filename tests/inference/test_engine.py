@@ -11,6 +11,7 @@ from model_cases import CASES, VOCAB, Case, converted, dense_model, random_ids
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moesaic._errors import InputError
+from moesaic.evaluation import threshold_at
 from moesaic.inference import Decoder, Engine, Sampling, pack_experts
 from moesaic.inference import _layout as layouts
 from moesaic.nn.layer import all_experts_on, moe_layers, record_routing
@@ -78,17 +79,17 @@ def test_another_architecture_is_refused_by_name(case):
 def test_every_router_routes_as_in_transformers(options):
     model = converted(LLAMA, **options)
     decoder = Decoder(model, length=64)
-    active_LT = torch.zeros(2, len(PROMPT), dtype=torch.int32)
+    used_LTE = torch.full((2, len(PROMPT), decoder.num_experts), 7, dtype=torch.uint8)
     position_T = torch.arange(len(PROMPT))
     slot_T = torch.zeros_like(position_T)
-    logits_TV = decoder.step(PROMPT, slot_T, position_T, range(12), active_LT=active_LT)
+    logits_TV = decoder.step(PROMPT, slot_T, position_T, range(12), used_LTE=used_LTE)
     with record_routing(model) as routings:
         expected = logits_of(model, PROMPT)
     torch.testing.assert_close(logits_TV, expected, rtol=1e-4, atol=1e-4)
     if routings:
-        expected_LT = torch.stack([routing.active_T() for routing in routings])
-        assert torch.equal(active_LT.long(), expected_LT)
-        assert 0 < expected_LT.float().mean() < 4
+        expected_LTE = torch.stack([routing.active_TE() for routing in routings])
+        assert torch.equal(used_LTE.bool(), expected_LTE)
+        assert 0 < expected_LTE.float().mean() < 1
 
 
 @pytest.mark.parametrize("router", ["sigmoid-threshold", "topk-softmax"])
@@ -110,13 +111,44 @@ def test_a_bypass_stands_in_for_experts_that_are_off_alone(router):
     assert not torch.allclose(dense_TV, expected, atol=0.1)
 
 
+def test_layers_with_different_routers_each_ask_their_own():
+    model = converted(LLAMA)
+    other = converted(LLAMA, router="topk-softmax", router_options={"top_k": 2})
+    model.model.layers[1].mlp = other.model.layers[1].mlp
+    decoder = Decoder(model, length=64)
+    used_LTE = torch.zeros(2, len(PROMPT), 4, dtype=torch.uint8)
+    position_T = torch.arange(len(PROMPT))
+    slot_T = torch.zeros_like(position_T)
+    logits_TV = decoder.step(PROMPT, slot_T, position_T, range(12), used_LTE=used_LTE)
+    with record_routing(model) as routings:
+        expected = logits_of(model, PROMPT)
+    torch.testing.assert_close(logits_TV, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(used_LTE.bool(), torch.stack([r.active_TE() for r in routings]))
+
+
+def test_a_token_has_a_threshold_of_its_own():
+    model = converted(LLAMA)
+    decoder = Decoder(model, length=64, slots=3)
+    ids_T = PROMPT.repeat(3)
+    slot_T = torch.arange(3).repeat_interleave(len(PROMPT))
+    position_T = torch.arange(len(PROMPT)).repeat(3)
+    thresholds = torch.tensor([0.3, torch.nan, 0.8], dtype=torch.float64)
+    threshold_T = thresholds.repeat_interleave(len(PROMPT))
+    logits_TV = decoder.step(ids_T, slot_T, position_T, range(36), threshold_T=threshold_T)
+    for part, threshold in zip(logits_TV.split(len(PROMPT)), (0.3, 0.5, 0.8), strict=True):
+        with threshold_at(model, threshold):
+            expected = logits_of(model, PROMPT)
+        torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits_TV[:12], logits_TV[24:], atol=0.1)
+
+
 def test_a_token_without_experts_keeps_its_residual():
     model = converted(LLAMA, router_options={"threshold": 0.999})
-    active_LT = torch.full((2, 1), 7, dtype=torch.int32)
+    used_LTE = torch.full((2, 1, 4), 7, dtype=torch.uint8)
     decoder = Decoder(model, length=64)
     zero = torch.zeros(1, dtype=torch.int64)
-    logits = decoder.step(PROMPT[:1], zero, zero, [0], active_LT=active_LT)
-    assert active_LT.tolist() == [[0], [0]]
+    logits = decoder.step(PROMPT[:1], zero, zero, [0], used_LTE=used_LTE)
+    assert not used_LTE.any()
     torch.testing.assert_close(logits, logits_of(model, PROMPT[:1]), rtol=1e-4, atol=1e-4)
 
 
@@ -227,11 +259,10 @@ def test_steps_outside_of_the_cache_are_refused(ids, slot, position, message):
     [
         ({"rows": [1]}, r"rows must be in \[0, 1\), got \[1\]"),
         ({"rows": [-1]}, r"rows must be in \[0, 1\)"),
-        (
-            {"active_LT": torch.zeros(2, 2, dtype=torch.int32)},
-            r"of shape \(2, 1\), got",
-        ),
-        ({"active_LT": torch.zeros(2, 1)}, r"int32 of shape \(2, 1\), got torch.float32"),
+        ({"used_LTE": torch.zeros(2, 2, 1, dtype=torch.uint8)}, r"of shape \(2, 1, 1\) and"),
+        ({"used_LTE": torch.zeros(2, 1, 1)}, r"uint8 of shape \(2, 1, 1\) .* got torch.float32"),
+        ({"threshold_T": torch.zeros(2, dtype=torch.float64)}, r"threshold_T must be .* \(1,\)"),
+        ({"threshold_T": torch.zeros(1)}, r"threshold_T must be torch.float64 of shape \(1,\)"),
     ],
 )
 def test_answers_that_do_not_fit_are_refused(options, message):

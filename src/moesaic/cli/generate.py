@@ -7,15 +7,17 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
+from moesaic._config import to_plain
 from moesaic._errors import InputError, RunError
 from moesaic.cli._common import parse, quiet_libraries, show
+from moesaic.inference.batching import Job
 from moesaic.inference.engine import Engine, Sampling
-from moesaic.models.checkpoint import MANIFEST, load, load_dense, load_tokenizer, read_config
+from moesaic.models.checkpoint import load_any, load_tokenizer
+from moesaic.serving.prompts import chat_ids, stop_ids, text_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,9 @@ class Options:
         temperature: 0 takes the most likely token, more samples.
         top_p: Smallest probability mass that is sampled from.
         seed: Of the samples.
+        show_routing: Colour each token by how much of the networks writing it used; where the
+            output is no terminal, print a line for each token with the fraction in front.
+        routing_layer: Colour by which experts of this layer were used instead, and print these.
         json: Print one JSON document instead of streaming.
     """
 
@@ -46,6 +51,8 @@ class Options:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    show_routing: bool = False
+    routing_layer: int | None = None
     json: bool = False
 
 
@@ -62,18 +69,25 @@ def run(argv: Sequence[str]) -> int:
             f"weights {options.weights!r} are of the native engine; leave out --weights or choose "
             "--engine native"
         )
+    if options.routing_layer is not None and not options.show_routing:
+        raise InputError(
+            f"routing_layer {options.routing_layer} says how routing is shown; add --show-routing"
+        )
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-    converted = read_config(options.model).model_type.startswith("moesaic_")
-    ours = converted or (Path(options.model) / MANIFEST).is_file()
     import torch
     from transformers import TextStreamer
 
     tokenizer = load_tokenizer(options.model)
     if options.chat and not getattr(tokenizer, "chat_template", None):
         raise InputError(f"the tokenizer of {options.model} has no chat template; leave out --chat")
-    model = load(options.model) if ours and converted else load_dense(options.model)
-    prompt_T = _prompt(tokenizer, options)
-    stop = _stop_ids(model, tokenizer)
+    if options.chat:
+        prompt_T = chat_ids(tokenizer, [{"role": "user", "content": options.prompt}])
+    else:
+        prompt_T = text_ids(tokenizer, options.prompt)
+    model = load_any(options.model)
+    stop = stop_ids(model, tokenizer)
+    if options.show_routing:
+        return _show_routing(model, tokenizer, prompt_T, options, stop, sampling)
     engine = _engine(model, len(prompt_T) + options.max_new_tokens, options)
     started = time.perf_counter()
     streamer = None
@@ -103,21 +117,41 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _prompt(tokenizer: Any, options: Options) -> list[int]:
-    if not options.chat:
-        return list(tokenizer(options.prompt)["input_ids"])
-    messages = [{"role": "user", "content": options.prompt}]
-    encoded = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True, tokenize=True
+def _show_routing(
+    model: Any,
+    tokenizer: Any,
+    prompt_T: list[int],
+    options: Options,
+    stop: frozenset[int],
+    sampling: Sampling,
+) -> int:
+    """Write with the experts of every token."""
+    from rich.console import Console
+
+    from moesaic.cli._routing import RoutedText, show_routing
+    from moesaic.inference import PlainDecoder
+    from moesaic.inference.activity import ActiveShare
+
+    share = ActiveShare(model)
+    layer = options.routing_layer
+    if layer is not None and share.routed and layer not in share.routed:
+        raise InputError(
+            f"routing_layer must be one of {sorted(share.routed)}, which have routers, got {layer}"
+        )
+    length = len(prompt_T) + options.max_new_tokens
+    engine = _engine(model, length, options) if share.routed else None
+    decoder = PlainDecoder(model, length=length) if engine is None else engine.decoder
+    text = RoutedText(decoder, share, tokenizer)
+    job = Job(
+        prompt_T=prompt_T, max_new_tokens=options.max_new_tokens, stop=stop, sampling=sampling
     )
-    return list(encoded["input_ids"])
-
-
-def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end the text, by the model's generation config and by the tokenizer."""
-    of_model = model.generation_config.eos_token_id
-    ids = of_model if isinstance(of_model, list) else [of_model]
-    return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
+    if options.json:
+        tokens = [to_plain(token) for token in text.stream(job)]
+        written = "".join(token["text"] for token in tokens)
+        show({"prompt": options.prompt, "text": written, "tokens": tokens}, as_json=True)
+    else:
+        show_routing(Console(), text, job, layer)
+    return 0
 
 
 def _engine(model: Any, length: int, options: Options) -> Engine | None:
@@ -135,7 +169,7 @@ def _engine(model: Any, length: int, options: Options) -> Engine | None:
 
 
 def _with_transformers(
-    model: Any, prompt_T: list[int], options: Options, stop: set[int], streamer: Any
+    model: Any, prompt_T: list[int], options: Options, stop: frozenset[int], streamer: Any
 ) -> list[int]:
     """Generate with the model's own method; gives the new tokens, without one of `stop`."""
     import torch

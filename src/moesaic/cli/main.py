@@ -26,6 +26,7 @@ COMMANDS = {
     "bench": "Measure speed beside peers and the physical limit of this machine",
     "generate": "Write text with a dense or converted model",
     "export": "Write a converted model in the form of other software",
+    "serve": "Serve a model with the protocol of OpenAI",
     "report": "Turn an evaluation record into one HTML page",
     "ls": "List methods or published systems",
     "doctor": "Say what this machine can run, and why not the rest",

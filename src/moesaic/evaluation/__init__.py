@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from moesaic.evaluation.bounds.block_bound import block_bound
     from moesaic.evaluation.bounds.neuron_bound import neuron_bound
     from moesaic.evaluation.cost import Cost, model_cost
-    from moesaic.evaluation.curve import threshold_at, threshold_curve
+    from moesaic.evaluation.curve import threshold_curve
     from moesaic.evaluation.intervals import DomainQuality, Estimate, perplexity_ratio
     from moesaic.evaluation.machine import fastest_dtype, machine_info
     from moesaic.evaluation.perplexity import (
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moesaic.evaluation.record import EvaluationConfig, Subject, evaluate
     from moesaic.evaluation.speed import SpeedConfig, SpeedResult, measure_speed
     from moesaic.evaluation.tasks import TaskAccuracy, TasksConfig, check_tasks, evaluate_tasks
+    from moesaic.nn.operating_point import threshold_at
 
 # Imported on first use, so that the table of bounds is listed without torch.
 _HOMES = {

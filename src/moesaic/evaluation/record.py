@@ -17,7 +17,7 @@ from moesaic._errors import InputError
 from moesaic._progress import SILENT, Progress
 from moesaic.data import TokenBlocks, tokenizer_fingerprint
 from moesaic.evaluation.cost import model_cost
-from moesaic.evaluation.curve import check_threshold, threshold_curve, threshold_routers
+from moesaic.evaluation.curve import threshold_curve
 from moesaic.evaluation.intervals import BlockLosses, Estimate, perplexity_ratio
 from moesaic.evaluation.machine import machine_info
 from moesaic.evaluation.perplexity import (
@@ -29,6 +29,7 @@ from moesaic.evaluation.perplexity import (
 from moesaic.evaluation.samples import coloured_tokens, generate_text
 from moesaic.evaluation.speed import SpeedConfig, check_speed, measure_speed
 from moesaic.nn.layer import moe_layers
+from moesaic.nn.operating_point import check_threshold, threshold_routers
 
 SCHEMA = 1
 # The kinds of the parent and the baselines, beside which the main model is read.

@@ -5,7 +5,7 @@ operations per token. Here a step is one native call for all layers. What is rea
 is what its modules hold; whether that is all they do is not assumed but tried: a new decoder must
 give the model's own logits on a few tokens before it is used.
 
-Shapes: T rows (tokens of any mix of sequences), D model width, V vocabulary, L layers.
+Shapes: T rows (tokens of any mix of sequences), D model width, V vocabulary, L layers, E experts.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from moesaic.ops.cpu.packed import (
     format_of,
     lanes,
 )
+from moesaic.ops.select import spread
 
 # Rows of one native call: bounds its scratch.
 MAX_ROWS = 512
@@ -58,6 +59,9 @@ class Decoder:
             does not give the model's logits.
         RunError: If the native code cannot run here.
     """
+
+    # Sums run in one order, whatever rows stand beside each other.
+    any_rows = True
 
     def __init__(
         self,
@@ -100,6 +104,7 @@ class Decoder:
             self._pack(i, layer, layout, tables)
             if release:
                 _release(layer, keep=self._routers.get(i))
+        self.num_experts = max(layer.experts.experts for layer in self._layers)
         self.dim: int = self.config.hidden_size
         # Rows of a power of two share few places of a cache; one register more spreads them.
         padded = self._layers[0].attention.out.outputs
@@ -179,7 +184,8 @@ class Decoder:
         position_T: Tensor,
         rows: Iterable[int],
         *,
-        active_LT: Tensor | None = None,
+        threshold_T: Tensor | None = None,
+        used_LTE: Tensor | None = None,
         all_on: bool = False,
     ) -> Tensor:
         """Read tokens, each into its sequence, and give logits after some of them.
@@ -191,7 +197,10 @@ class Decoder:
             position_T: Position of each token, [T] int64; all before it were read before or are
                 in this call.
             rows: The tokens after which logits are wanted.
-            active_LT: If given, [L, T] int32, filled with the experts that every token used.
+            threshold_T: If given, [T] float64: the threshold of the sigmoid gates for each
+                token, or NaN for that of the routers.
+            used_LTE: If given, [L, T, E] uint8, filled with 1 for each expert that a token used
+                and 0 for the others; E is `num_experts`.
             all_on: Every expert for every token, routers unasked: the dense parent.
 
         Returns:
@@ -199,15 +208,12 @@ class Decoder:
         """
         num_tokens = ids_T.shape[0]
         self._check(num_tokens, slot_T, position_T)
-        if active_LT is not None and (
-            active_LT.shape != (self.num_layers, num_tokens)
-            or active_LT.dtype != torch.int32
-            or not active_LT.is_contiguous()
-        ):
-            raise InputError(
-                f"active_LT must be int32 of shape {(self.num_layers, num_tokens)}, got "
-                f"{active_LT.dtype} of shape {tuple(active_LT.shape)}"
-            )
+        if used_LTE is not None:
+            shape = (self.num_layers, num_tokens, self.num_experts)
+            _check_kind("used_LTE", used_LTE, shape, torch.uint8)
+            used_LTE.zero_()
+        if threshold_T is not None:
+            _check_kind("threshold_T", threshold_T, (num_tokens,), torch.float64)
         slot_T = slot_T.to(torch.int64).contiguous()
         position_T = position_T.to(torch.int64).contiguous()
         h_TS = torch.zeros(num_tokens, self._stride)
@@ -216,6 +222,7 @@ class Decoder:
         batch = structs.Batch(
             slot=slot_T.data_ptr(),
             position=position_T.data_ptr(),
+            threshold=None if threshold_T is None else threshold_T.data_ptr(),
             tokens=num_tokens,
             dim=self.dim,
             stride=self._stride,
@@ -224,16 +231,19 @@ class Decoder:
         by_ref = ctypes.byref(batch)
         h, x = h_TS.data_ptr(), x_TS.data_ptr()
         if not self._routers and not all_on:
-            active = None if active_LT is None else active_LT.data_ptr()
-            library.call("moesaic_layers", self._layers, self.num_layers, by_ref, h, x, active)
+            self._native(0, self.num_layers, by_ref, h, x, used_LTE)
         else:
             for i in range(self.num_layers):
+                if not all_on and i not in self._routers:
+                    self._native(i, 1, by_ref, h, x, used_LTE)
+                    continue
                 layer = ctypes.byref(self._dense(i) if all_on else self._layers[i])
                 library.call("moesaic_attention", layer, by_ref, h, x)
                 ids_TK, weights_TK = self._route(i, x_TS[:, : self.dim], all_on)
-                if active_LT is not None:
-                    used_TK = (ids_TK < self._layers[i].experts.experts) & (weights_TK != 0)
-                    active_LT[i] = used_TK.sum(1)
+                if used_LTE is not None:
+                    num_experts = self._layers[i].experts.experts
+                    held_TK = (ids_TK < num_experts) & (weights_TK != 0)
+                    used_LTE[i, :, :num_experts] = spread(ids_TK, held_TK, num_experts)
                 pointers = ids_TK.data_ptr(), weights_TK.data_ptr()
                 library.call("moesaic_ffn", layer, by_ref, h, x, *pointers, ids_TK.shape[1])
         rows_R = torch.tensor(list(rows), dtype=torch.int64)
@@ -255,6 +265,14 @@ class Decoder:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits_RV if not cap else torch.tanh(logits_RV / cap) * cap
 
+    def _native(
+        self, first: int, count: int, batch: Any, h: int, x: int, used_LTE: Tensor | None
+    ) -> None:
+        """Run layers whose routers are native, in one call."""
+        layers = ctypes.byref(self._layers[first])
+        used = None if used_LTE is None else used_LTE[first].data_ptr()
+        library.call("moesaic_layers", layers, count, batch, h, x, used, self.num_experts)
+
     def _dense(self, i: int) -> structs.Layer:
         """A layer without what stands in for experts that are off."""
         layer = structs.Layer.from_buffer_copy(self._layers[i])
@@ -263,7 +281,7 @@ class Decoder:
 
     def _route(self, i: int, x_TD: Tensor, all_on: bool) -> tuple[Tensor, Tensor]:
         num_experts = self._layers[i].experts.experts
-        if all_on or i not in self._routers:
+        if all_on:
             on_TK = torch.ones(x_TD.shape[0], num_experts)
             return torch.arange(num_experts).expand(on_TK.shape).contiguous(), on_TK
         routing = self._routers[i](x_TD)
@@ -299,6 +317,15 @@ class Decoder:
                 f"the native decoder differs from {type(self.config).__name__}'s own logits by "
                 f"{error:.2g}, more than {bound}; generate with transformers instead"
             )
+
+
+def _check_kind(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Refuse what native code cannot read or write in place."""
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise InputError(
+            f"{name} must be {dtype} of shape {shape} and contiguous, got {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)}"
+        )
 
 
 def _check_experts(model: nn.Module) -> None:

@@ -166,6 +166,20 @@ def load(path: str | Path, *, dtype: str | None = None, verify: bool = True) -> 
     return model
 
 
+def load_any(source: str) -> PreTrainedModel:
+    """Load a model to run it, converted or dense: what is there decides.
+
+    Args:
+        source: A checkpoint of ours, or anything that `load_dense` takes.
+
+    Raises:
+        InputError: As `load` and `load_dense` do.
+    """
+    if read_config(source).model_type in ARCHITECTURES:
+        return load_dense(source)
+    return load(source)
+
+
 def _read_model(source: str, dtype: torch.dtype | str) -> Any:
     """Load every weight of a model, or say which file or weight is wrong."""
     directory, gguf_file = resolve_source(source)

@@ -49,6 +49,7 @@ struct Layer {
 struct Batch {
   const int64_t* slot;      // [T]
   const int64_t* position;  // [T]
+  const double* threshold;  // [T], or null; see Slots::decide
   int64_t tokens;
   int64_t dim;
   int64_t stride;  // of rows of D floats
@@ -305,7 +306,8 @@ inline void whole_layer(const Layer& layer, const Batch& b, Workspace& work, flo
 #pragma omp single
   {
     if (layer.router.scores.panels)
-      work.slots.decide(layer.router, work.scores.data(), b.tokens, layer.experts.experts);
+      work.slots.decide(layer.router, b.threshold, work.scores.data(), b.tokens,
+                        layer.experts.experts);
     else
       work.slots.all(b.tokens);
     prepare_ffn(layer, b, work);

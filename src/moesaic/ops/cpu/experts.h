@@ -145,17 +145,24 @@ struct Slots {
     }
   }
 
-  // Turns gate logits [T, outputs] into slots.
-  void decide(const Router& router, const float* scores, int64_t T, int64_t E) {
+  // Turns gate logits [T, outputs] into slots. `thresholds` is null or [T]: the token's own, or NaN
+  // for the router's.
+  void decide(const Router& router, const double* thresholds, const float* scores, int64_t T,
+              int64_t E) {
     // A gate exceeds the threshold where its logit exceeds the threshold's.
-    const float limit = static_cast<float>(std::log(router.threshold / (1.0 - router.threshold)));
+    std::vector<float> limits(T);
+    for (int64_t t = 0; t < T; ++t) {
+      const bool own = thresholds && !std::isnan(thresholds[t]);
+      const double threshold = own ? thresholds[t] : router.threshold;
+      limits[t] = static_cast<float>(std::log(threshold / (1.0 - threshold)));
+    }
     begin.assign(E + 1, 0);
     std::vector<float> scale(T);
     for (int64_t t = 0; t < T; ++t) {
       const float* row = scores + t * router.scores.outputs;
       int64_t count = 0;
       for (int64_t e = 0; e < E; ++e) {
-        const bool on = row[e] > limit;
+        const bool on = row[e] > limits[t];
         begin[e + 1] += on;
         count += on;
       }
@@ -165,7 +172,7 @@ struct Slots {
     for (int64_t t = 0; t < T; ++t) {
       const float* row = scores + t * router.scores.outputs;
       for (int64_t e = 0; e < E; ++e) {
-        if (!(row[e] > limit)) continue;
+        if (!(row[e] > limits[t])) continue;
         const float gate = router.value_one ? 1.0f : 1.0f / (1.0f + std::exp(-row[e]));
         token[next[e]] = static_cast<int32_t>(t);
         weight[next[e]++] = gate * scale[t];
@@ -180,6 +187,14 @@ struct Slots {
     token.resize(T);
     weight.assign(T, 1.0f);
     for (int64_t t = 0; t < T; ++t) token[t] = static_cast<int32_t>(t);
+  }
+
+  // out [T, E] becomes 1 where a token holds a slot of an expert.
+  void mark(uint8_t* out, int64_t E) const {
+    for (int64_t e : used) {
+      if (e >= E) break;
+      for (int64_t i = begin[e]; i < begin[e + 1]; ++i) out[token[i] * E + e] = 1;
+    }
   }
 };
 

@@ -66,7 +66,7 @@ int moesaic_layer(const Router* router, const Experts* e, const float* x, int64_
         linear(router->scores, h, e->inputs, tokens, scores.data(), router->scores.outputs, false);
 #pragma omp single
         {
-          slots.decide(*router, scores.data(), tokens, e->experts);
+          slots.decide(*router, nullptr, scores.data(), tokens, e->experts);
           Workspace::at_least(neurons, slots.count() * e->width);
         }
         apply_experts(*e, slots, h, e->inputs, tokens, neurons.data(), out + first * e->outputs,
@@ -83,10 +83,10 @@ int moesaic_linear(const Linear* w, const float* x, int64_t T, float* out) {
   return 0;
 }
 
-// h [T, stride] in and out, x [T, stride] scratch. Every layer's router is native. `active` is
-// null or [layers, T]: experts that each token used.
+// h [T, stride] in and out, x [T, stride] scratch. Every layer's router is native. `used` is null
+// or [layers, T, E], zeros, where an expert that a token used becomes 1.
 int moesaic_layers(const Layer* layers, int64_t count, const Batch* b, float* h, float* x,
-                   int32_t* active) {
+                   uint8_t* used, int64_t E) {
   return guarded([&] {
     Workspace& work = workspace();
     work.all.all(b->tokens);
@@ -95,12 +95,9 @@ int moesaic_layers(const Layer* layers, int64_t count, const Batch* b, float* h,
 #pragma omp parallel
     for (int64_t i = 0; i < count; ++i) {
       whole_layer(layers[i], *b, work, h, x);
-      if (active) {
+      if (used) {
 #pragma omp single
-        {
-          std::fill_n(active + i * b->tokens, b->tokens, 0);
-          for (int32_t token : work.slots.token) ++active[i * b->tokens + token];
-        }
+        work.slots.mark(used + i * b->tokens * E, E);
       }
     }
   });

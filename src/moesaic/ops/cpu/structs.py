@@ -103,6 +103,7 @@ class Batch(ctypes.Structure):
     _fields_: ClassVar[list[Any]] = [
         ("slot", _POINTER),
         ("position", _POINTER),
+        ("threshold", _POINTER),
         ("tokens", _INT),
         ("dim", _INT),
         ("stride", _INT),
@@ -120,7 +121,7 @@ SIGNATURES: dict[str, list[Any]] = {
         *[_POINTER, _INT, _POINTER],
     ],
     "moesaic_linear": [ctypes.POINTER(Linear), _POINTER, _INT, _POINTER],
-    "moesaic_layers": [_LAYER, _INT, _BATCH, *[_POINTER] * 3],
+    "moesaic_layers": [_LAYER, _INT, _BATCH, *[_POINTER] * 3, _INT],
     "moesaic_attention": [_LAYER, _BATCH, *[_POINTER] * 2],
     "moesaic_ffn": [_LAYER, _BATCH, *[_POINTER] * 4, _INT],
     "moesaic_head": [
