@@ -33,8 +33,8 @@ def fuzz(operation):
         statuses.append(case.call(timeout=60).status_code)
 
     modes = [schemathesis.GenerationMode.POSITIVE]
-    # Where there is nothing to send, nothing can be wrong with it.
-    if operation.body or operation.path_parameters:
+    # Any text is a name, so without a body nothing can be wrong.
+    if operation.body:
         modes.append(schemathesis.GenerationMode.NEGATIVE)
     drawn = settings(
         max_examples=25,
