@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("adamoe", "dsmoe", "dynamic_routing_top_p", "sonicmoe")
+NAMES = (
+    "adamoe",
+    "deepseekmoe",
+    "dsmoe",
+    "dynamic_routing_top_p",
+    "sonicmoe",
+)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from moesaic.nn.routing import Routing
 
 
 def router_options(name: str, num_experts: int, **options: Any) -> dict[str, Any]:
-    """The defaults of a router, with no more slots than experts, and small tiles."""
+    """The defaults of a router, with no more slots than experts, small tiles and no chance."""
     fields = {field.name: field for field in dataclasses.fields(ROUTERS.load_config(name))}
     if "top_k" in fields:
         options.setdefault("top_k", min(fields["top_k"].default, num_experts))
