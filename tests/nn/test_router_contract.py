@@ -257,6 +257,8 @@ def test_fresh_weights_are_small_and_differ(name):
             {"value": "one", "estimator": "hard-skip"},
             r"value 'one' leaves estimator 'hard-skip' no gradient; use",
         ),
+        ("sigmoid-top-k", {"bias_step": -1.0}, r"bias_step must be at least 0, got -1.0; 0.001 is"),
+        ("sigmoid-top-k", {"bias_rule": "sing"}, r"'sing' is unknown; did you mean sign"),
         ("token-rounding", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("token-rounding", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("token-rounding", {"tile_rows": 0}, r"tile_rows must be at least 1, got 0; 128 is"),

@@ -136,6 +136,17 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
+def end_step(model: nn.Module) -> None:
+    """Tell every router that an optimiser step has ended; some move a bias by its loads.
+
+    `moesaic.train` and `moesaic.training.EndStep`, a callback for the Trainer of transformers, do
+    this; a training loop of one's own calls it after `optimizer.step()`.
+    """
+    for layer in moe_layers(model):
+        if layer.router is not None:
+            layer.router.end_step()
+
+
 @contextmanager
 def all_experts_on(model: nn.Module) -> Iterator[None]:
     """Make every layer compute all experts at weight one, routers unasked, while it lasts.

@@ -49,6 +49,9 @@ class Router(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw fresh weights."""
 
+    def end_step(self) -> None:
+        """Act on the loads of the optimiser step that just ended; most routers do nothing."""
+
 
 class LinearRouter(Router, ABC):
     """A router whose scores are one linear map of the token, without bias.

@@ -64,6 +64,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"sigmoid", "variable", "may-choose-none"}),
         ),
         MethodInfo(
+            name="sigmoid-top-k",
+            target="moesaic.nn.routers.sigmoid_top_k:SigmoidTopK",
+            config="moesaic.nn.routers.sigmoid_top_k:SigmoidTopKConfig",
+            summary="The k highest sigmoid gates; a bias decides with them and weighs nothing",
+            paper="DeepSeek-V3, arXiv 2412.19437; loss-free balancing, arXiv 2408.15664",
+            abilities=frozenset({"sigmoid", "top-k"}),
+        ),
+        MethodInfo(
             name="token-rounding",
             target="moesaic.nn.routers.token_rounding:TokenRounding",
             config="moesaic.nn.routers.token_rounding:TokenRoundingConfig",
