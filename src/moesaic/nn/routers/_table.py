@@ -56,6 +56,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"top-k", "noise-in-training"}),
         ),
         MethodInfo(
+            name="selective-sinkhorn",
+            target="moesaic.nn.routers.selective_sinkhorn:SelectiveSinkhorn",
+            config="moesaic.nn.routers.selective_sinkhorn:SelectiveSinkhornConfig",
+            summary="Top-k; now and then in training by a transport plan that evens the load",
+            paper="Selective Sinkhorn Routing, arXiv 2511.08972",
+            abilities=frozenset({"softmax", "top-k", "batch-in-training"}),
+        ),
+        MethodInfo(
             name="sigmoid-threshold",
             target="moesaic.nn.routers.sigmoid_threshold:SigmoidThreshold",
             config="moesaic.nn.routers.sigmoid_threshold:SigmoidThresholdConfig",
