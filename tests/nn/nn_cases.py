@@ -24,6 +24,8 @@ def router_options(name: str, num_experts: int, **options: Any) -> dict[str, Any
     if "probability" in fields:
         # Else hardly any test would see what is done now and then.
         options.setdefault("probability", 1.0)
+    if "num_groups" in fields and num_experts % 2:
+        options.setdefault("num_groups", 1)
     if "tile_rows" in fields:
         # Test batches are far smaller than the tiles of a GPU.
         options.setdefault("tile_rows", 4)

@@ -116,6 +116,9 @@ def test_renumbering_experts_renumbers_the_routing(name):
     router, h_TD = make_router(name, E), tokens(63)
     before = router(h_TD)
     order_E = torch.randperm(E, generator=torch.Generator().manual_seed(1))
+    if "groups" in ROUTERS[name].abilities:
+        # Neighbours stay together, whichever their number.
+        order_E = torch.arange(E).flip(0)
     with torch.no_grad():
         for parameter in router.parameters():
             # Rows after E are those of null experts.
@@ -228,6 +231,14 @@ def test_fresh_weights_are_small_and_differ(name):
         ("cmoe", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("cmoe", {"bias_step": -1.0}, r"bias_step must be at least 0, got -1.0; 0.001 is"),
         ("cmoe", {"activation": "sliu"}, r"'sliu' is unknown; did you mean silu"),
+        ("grouped-top-k", {"num_groups": 0}, r"num_groups must be at least 1, got 0"),
+        ("grouped-top-k", {"num_groups": 4}, r"num_groups must divide num_experts=6, got 4"),
+        ("grouped-top-k", {"per_group": 0}, r"per_group must be at least 1, got 0"),
+        (
+            "grouped-top-k",
+            {"num_groups": 3, "per_group": 3},
+            r"per_group must be in \[1, num_experts / num_groups=2\], got 3; lower it or",
+        ),
         ("linear-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("linear-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("mlp-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),

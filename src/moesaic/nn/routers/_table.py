@@ -16,6 +16,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"softmax", "top-k"}),
         ),
         MethodInfo(
+            name="grouped-top-k",
+            target="moesaic.nn.routers.grouped_top_k:GroupedTopK",
+            config="moesaic.nn.routers.grouped_top_k:GroupedTopKConfig",
+            summary="The best experts of every group: devices always carry equal work",
+            paper="MoGE, arXiv 2505.21411",
+            abilities=frozenset({"softmax", "top-k", "groups"}),
+        ),
+        MethodInfo(
             name="linear-top-k",
             target="moesaic.nn.routers.linear_top_k:LinearTopK",
             config="moesaic.nn.routers._base:TopKConfig",
