@@ -111,5 +111,13 @@ ROUTERS = MethodTable(
             paper="Sparsely-gated MoE, arXiv 1701.06538; Mixtral, arXiv 2401.04088",
             abilities=frozenset({"softmax", "top-k"}),
         ),
+        MethodInfo(
+            name="zero-computation",
+            target="moesaic.nn.routers.zero_computation:ZeroComputation",
+            config="moesaic.nn.routers.zero_computation:ZeroComputationConfig",
+            summary="Top-k among experts and zero, copy and constant ones, which cost nothing",
+            paper="MoE++, arXiv 2410.07348",
+            abilities=frozenset({"softmax", "top-k", "variable", "free-experts"}),
+        ),
     ],
 )
