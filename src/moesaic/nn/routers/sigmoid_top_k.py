@@ -119,8 +119,10 @@ class SigmoidTopK(Router):
         if self.config.bias_rule == "sign":
             below_E = below_E.sign()
         # In half precision the sum would be the bias again; from here on it is kept in full.
-        step_E = (self.config.bias_step * below_E).float()
-        self.choice_bias = self.choice_bias.float() + step_E
+        dtype = torch.promote_types(self.choice_bias.dtype, torch.float32)
+        if self.choice_bias.dtype != dtype:
+            self.choice_bias = self.choice_bias.to(dtype)
+        self.choice_bias += (self.config.bias_step * below_E).to(dtype)
 
     def extra_repr(self) -> str:
         """Sizes and settings, for printing."""
