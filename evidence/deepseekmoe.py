@@ -115,7 +115,7 @@ def judge(results: dict[str, Any]) -> tuple[dict[str, bool], str]:
     better = sum(seed["fine"]["loss"] < seed["coarse"]["loss"] for seed in results["seeds"])
     holds = {
         "fine experts and a shared one reach a lower loss": fine < coarse,
-        "on every seed": better == len(results["seeds"]),
+        "they do on every seed": better == len(results["seeds"]),
         "losing the shared expert costs over twice a routed one": shared > 2 * max(routed, 0.0),
     }
     missed = [claim for claim, true in holds.items() if not true]

@@ -45,6 +45,10 @@ SYSTEMS = (
             "Splits experts finely and keeps a few shared ones always on, for specialisation "
             "at equal compute."
         ),
+        status="works",
+        uses=("router:topk-softmax", "loss:load-balance", "loss:group-balance"),
+        check="tests/nn/test_deepseekmoe.py",
+        evidence="evidence/deepseekmoe.json",
     ),
     System(
         id="adamoe",
