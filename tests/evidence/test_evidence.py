@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = (
     "adamoe",
+    "alf_lb",
     "deepseekmoe",
     "dsmoe",
     "dynamic_routing_top_p",

@@ -179,6 +179,10 @@ SYSTEMS = (
             "Keeps experts evenly loaded by nudging one selection bias per expert, with a "
             "theory that audits it."
         ),
+        status="works",
+        uses=("router:sigmoid-top-k",),
+        check="tests/nn/test_sigmoid_top_k.py",
+        evidence="evidence/alf_lb.json",
     ),
     System(
         id="thor",
