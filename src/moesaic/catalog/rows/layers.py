@@ -150,6 +150,10 @@ SYSTEMS = (
             "Balances a top-k router by solving a small transport problem now and then, "
             "without an auxiliary loss."
         ),
+        status="works",
+        uses=("router:selective-sinkhorn",),
+        check="tests/nn/test_selective_sinkhorn.py",
+        evidence="evidence/selective_sinkhorn.json",
     ),
     System(
         id="comet",
