@@ -12,6 +12,7 @@ NAMES = (
     "deepseekmoe",
     "dsmoe",
     "dynamic_routing_top_p",
+    "moge",
     "selective_sinkhorn",
     "sonicmoe",
 )

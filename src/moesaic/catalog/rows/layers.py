@@ -103,6 +103,10 @@ SYSTEMS = (
             "Picks equally many experts from every device's group, so all devices carry the "
             "same load."
         ),
+        status="works",
+        uses=("router:grouped-top-k", "loss:load-balance"),
+        check="tests/nn/test_grouped_top_k.py",
+        evidence="evidence/moge.json",
     ),
     System(
         id="chain-of-experts",
