@@ -12,6 +12,7 @@ NAMES = (
     "deepseekmoe",
     "dsmoe",
     "dynamic_routing_top_p",
+    "moe_plus_plus",
     "moge",
     "selective_sinkhorn",
     "sonicmoe",

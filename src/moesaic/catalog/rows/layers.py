@@ -30,6 +30,10 @@ SYSTEMS = (
             "Puts discard, copy and constant experts, which cost nothing, beside FFN experts; "
             "routers see earlier scores."
         ),
+        status="works",
+        uses=("router:zero-computation", "loss:heterogeneous-balance"),
+        check="tests/nn/test_zero_computation.py",
+        evidence="evidence/moe_plus_plus.json",
     ),
     System(
         id="deepseekmoe",
