@@ -24,7 +24,7 @@ from moesaic.data import DataConfig, load_documents
 from moesaic.evaluation import machine_info
 from moesaic.models.architectures import ARCHITECTURES
 from moesaic.models.modeling import moesaic_classes
-from moesaic.nn.layer import record_routing
+from moesaic.nn.layer import end_step, moe_layers, record_routing
 
 VOCAB = 256
 
@@ -52,11 +52,14 @@ def tiny_config(*, layers: int = 4, dim: int = 128, width: int = 512) -> LlamaCo
     )
 
 
-def tiny_mixture(config: LlamaConfig, layer: dict[str, Any], losses: dict[str, Any]) -> Any:
-    """Make a Llama whose networks are MoE layers with fresh weights."""
+def tiny_mixture(
+    config: LlamaConfig, layer: dict[str, Any] | list[dict[str, Any]], losses: dict[str, Any]
+) -> Any:
+    """Make a Llama whose networks are MoE layers with fresh weights, alike or one by one."""
     config_class, model_class = moesaic_classes(ARCHITECTURES["llama"])
     values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
-    moesaic = {"layers": [layer] * config.num_hidden_layers, "losses": losses}
+    layers = layer if isinstance(layer, list) else [layer] * config.num_hidden_layers
+    moesaic = {"layers": layers, "losses": losses}
     return model_class(config_class(**values, moesaic=moesaic))
 
 
@@ -101,6 +104,7 @@ def optimise(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        end_step(model)
         if after is not None:
             after(step, routings)
     model.eval()
@@ -134,6 +138,25 @@ def validate(model: Any, data: Tensor, length: int, windows: int) -> tuple[float
         counts = np.array([float(r.active_TE().sum(1).float().mean()) for r in routings])
         layers = counts * len(ids_BS) + (layers if layers.size else 0.0)
     return total / windows, (layers / windows).tolist()
+
+
+@torch.no_grad()
+def max_over_mean(model: Any, data: Tensor, length: int, windows: int) -> list[float]:
+    """Load of the busiest expert over the mean load, for every layer, on evenly spread windows."""
+    starts = np.linspace(0, len(data) - length - 1, windows).astype(int)
+    ids_BS = torch.stack([data[s : s + length] for s in starts])
+    with record_routing(model) as routings:
+        model(input_ids=ids_BS, use_cache=False)
+    loads = [routing.counts_E().double() for routing in routings]
+    return [float(load_E.max() / load_E.mean()) for load_E in loads]
+
+
+@torch.no_grad()
+def skew_routers(model: Any, num_favourites: int, factor: float) -> None:
+    """Scale the fresh router rows of a few experts, so that most tokens would choose among them."""
+    for layer in moe_layers(model):
+        assert layer.router is not None
+        layer.router.weight[:num_favourites] *= factor
 
 
 def arguments(name: str, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("adamoe", "dsmoe", "dynamic_routing_top_p", "sonicmoe")
+NAMES = (
+    "adamoe",
+    "alf_lb",
+    "deepseekmoe",
+    "dsmoe",
+    "dynamic_routing_top_p",
+    "moe_plus_plus",
+    "moge",
+    "selective_sinkhorn",
+    "sonicmoe",
+)
 
 
 @pytest.fixture

@@ -230,6 +230,12 @@ def test_a_decoder_that_differs_from_its_model_is_refused(monkeypatch):
         Engine(dense_model(LLAMA), length=64)
 
 
+def test_free_experts_are_refused():
+    model = converted(LLAMA, router="zero-computation", router_options={"num_constant": 0})
+    with pytest.raises(InputError, match=r"layer 0 has free experts \(zero, copy\), which have no"):
+        Engine(model, length=64)
+
+
 def test_rotary_angles_that_move_are_refused():
     model = dense_model(LLAMA)
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}

@@ -156,6 +156,14 @@ def random_ids(num_sequences: int = 2, length: int = 11, seed: int = 3) -> Tenso
     return torch.randint(3, VOCAB, (num_sequences, length), generator=draw)
 
 
+def recompute(model: PreTrainedModel, **options: Any) -> None:
+    """Switch gradient checkpointing on, by the name this version of transformers prefers."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
+
+
 def same_state(a: PreTrainedModel, b: PreTrainedModel) -> None:
     """Hold two models to the same names, dtypes and bits."""
     left, right = a.state_dict(), b.state_dict()

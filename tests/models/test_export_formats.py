@@ -10,6 +10,7 @@ import transformers
 from export_cases import (
     ONES,
     PARENTS,
+    WIDE,
     dsmoe,
     export_format,
     fitting,
@@ -65,6 +66,20 @@ def test_it_holds_the_model_as_rounded(name, kind, tmp_path):
     assert (found.prompts, found.agreeing) == (4, 4)
     drift = (logits(model) - logits(before)).norm() / logits(before).norm()
     assert (drift == 0) != changed
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "gguf"])
+def test_gates_that_sum_to_one_are_held(name, tmp_path):
+    """The router need not come from gates with a threshold; what it leaves to defaults counts."""
+    if name == "gguf":
+        pytest.importorskip("gguf")
+    case = Case("llama", WIDE)
+    options = {"top_k": 2, "normalize": True}
+    shared = {"shared_width": 32, "num_experts": 3}
+    model = converted(case, router="sigmoid-top-k", router_options=options, **shared)
+    made = export_format(name)
+    made.write(model, None, tmp_path, F32)
+    assert verify(made.read(tmp_path), model, random_ids(4, 9)).difference < 1e-5
 
 
 @each_format

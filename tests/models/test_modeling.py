@@ -19,6 +19,7 @@ from model_cases import (
     dense_config,
     dense_model,
     random_ids,
+    recompute,
 )
 from transformers import AutoModelForCausalLM
 
@@ -51,14 +52,6 @@ def sparsity_by_hand(router_logits, mask_BS, threshold=0.5):
     keep_T = mask_BS.flatten().bool()
     gates = [logits.sigmoid()[keep_T] for logits in router_logits]
     return sum((g * (g > threshold)).mean() for g in gates) / len(gates)
-
-
-def recompute(model, **options):
-    """Switch gradient checkpointing on, by the name this version of transformers prefers."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)
 
 
 def lm_loss_by_hand(logits, labels):

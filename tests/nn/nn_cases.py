@@ -17,10 +17,15 @@ from moesaic.nn.routing import Routing
 
 
 def router_options(name: str, num_experts: int, **options: Any) -> dict[str, Any]:
-    """The defaults of a router, with no more slots than experts, and small tiles."""
+    """The defaults of a router, with no more slots than experts, small tiles and no chance."""
     fields = {field.name: field for field in dataclasses.fields(ROUTERS.load_config(name))}
     if "top_k" in fields:
         options.setdefault("top_k", min(fields["top_k"].default, num_experts))
+    if "probability" in fields:
+        # Else hardly any test would see what is done now and then.
+        options.setdefault("probability", 1.0)
+    if "num_groups" in fields and num_experts % 2:
+        options.setdefault("num_groups", 1)
     if "tile_rows" in fields:
         # Test batches are far smaller than the tiles of a GPU.
         options.setdefault("tile_rows", 4)

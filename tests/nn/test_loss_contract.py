@@ -9,17 +9,21 @@ import pytest
 import torch
 from nn_cases import hand_routing, make_loss, make_router, tokens
 
+from moesaic._errors import InputError
 from moesaic.nn.losses._table import LOSSES
 from moesaic.nn.routers._table import ROUTERS
 
 E, B, S = 6, 3, 5
 # Each loss with every router that scores as the loss expects, in each of its variants.
 VARIANTS = {
-    "load-balance": [{}, {"scope": "sequence"}],
+    "heterogeneous-balance": [{}, {"tau": 0.1}],
+    "load-balance": [{}, {"scope": "sequence"}, {"share_of": "choices"}],
     "sparsity": [{}, {"of": "straight-through"}],
 }
 PAIRS = [
-    pytest.param(loss, options, router, id="-".join([loss, *options.values(), "of", router]))
+    pytest.param(
+        loss, options, router, id="-".join([loss, *map(str, options.values()), "of", router])
+    )
     for loss in LOSSES
     for options in VARIANTS.get(loss, [{}])
     for router in ROUTERS
@@ -41,6 +45,13 @@ def cut_off(routing):
         scores_TE=routing.scores_TE.detach().requires_grad_(),
         weights_TK=routing.weights_TK.detach().requires_grad_(),
     )
+
+
+def by_token(routing):
+    """What a routing holds for each token, by field."""
+    fields = ("ids_TK", "weights_TK", "scores_TE", "free_weights_TZ")
+    values = {field: getattr(routing, field) for field in fields}
+    return {field: value for field, value in values.items() if value is not None}
 
 
 def gradients(routing):
@@ -73,12 +84,11 @@ def test_padding_gets_no_gradient_and_changes_nothing(loss, options, router):
     assert not any(grad[~MASK_BS.flatten()].any() for grad in gradients(routing))
     other = routed(router, seed=9)
     mask_T1 = MASK_BS.flatten().unsqueeze(1)
-    swapped = dataclasses.replace(
-        routing,
-        ids_TK=torch.where(mask_T1, routing.ids_TK, other.ids_TK),
-        weights_TK=torch.where(mask_T1, routing.weights_TK, other.weights_TK),
-        scores_TE=torch.where(mask_T1, routing.scores_TE, other.scores_TE),
-    )
+    mixed = {
+        field: torch.where(mask_T1, value, getattr(other, field))
+        for field, value in by_token(routing).items()
+    }
+    swapped = dataclasses.replace(routing, **mixed)
     torch.testing.assert_close(function(swapped, MASK_BS), value)
 
 
@@ -104,12 +114,8 @@ def test_order_of_tokens_in_a_sequence_does_not_matter(loss, options, router):
     routing, function = routed(router), make_loss(loss, **options)
     draw = torch.Generator().manual_seed(0)
     order_T = torch.cat([b * S + torch.randperm(S, generator=draw) for b in range(B)])
-    permuted = dataclasses.replace(
-        routing,
-        ids_TK=routing.ids_TK[order_T],
-        weights_TK=routing.weights_TK[order_T],
-        scores_TE=routing.scores_TE[order_T],
-    )
+    moved = {field: value[order_T] for field, value in by_token(routing).items()}
+    permuted = dataclasses.replace(routing, **moved)
     mask_BS = MASK_BS.flatten()[order_T].reshape(B, S)
     torch.testing.assert_close(function(permuted, mask_BS), function(routing, MASK_BS))
 
@@ -166,6 +172,42 @@ def test_load_of_several_experts_is_not_divided_by_their_number():
     routing = hand_routing(PROBS.log(), [[0, 1]] * 4)
     mask_BS = torch.ones(1, 4, dtype=torch.bool)
     assert make_loss("load-balance")(routing, mask_BS).item() == pytest.approx(2.0)
+
+
+def test_load_as_a_share_of_choices_by_hand():
+    # Both chosen everywhere: shares 1/2 each, so the loss is 1 and not k = 2.
+    mask_BS = torch.ones(1, 4, dtype=torch.bool)
+    loss = make_loss("load-balance", share_of="choices")
+    both = hand_routing(PROBS.log(), [[0, 1]] * 4)
+    assert loss(both, mask_BS).item() == pytest.approx(1.0)
+    # Five choices, three of them of expert 0, and Q = (1/2, 1/2): 2 * (3/5 + 2/5) / 2 = 1. Without
+    # the third token four choices, three of them of 0, and Q = (7/12, 5/12): 2 * 26/48 = 13/12.
+    uneven = hand_routing(PROBS.log(), [[0, 2], [0, 1], [1, 2], [0, 2]], num_experts=2)
+    assert loss(uneven, mask_BS).item() == pytest.approx(1.0)
+    mask_BS = torch.tensor([[True, True, False, True]])
+    assert loss(uneven, mask_BS).item() == pytest.approx(13 / 12)
+
+
+def test_group_balance_by_hand():
+    # Groups (0, 1) and (2, 3). Tokens 0 and 2: p = (4, 2, 1, 1) / 8, they take 0 and 1; token 1:
+    # p = (1, 1, 2, 4) / 8, it takes 3. F = 4/3 (1, 1, 0, 1); its means are 4/3 and
+    # 2/3. P summed: (6 + 2 + 6) / 24 = 7/12 and 5/12. 4/3 * 7/12 + 2/3 * 5/12 = 38/36.
+    scores_TE = torch.tensor([[4.0, 2, 1, 1], [1, 1, 2, 4], [4.0, 2, 1, 1]]).log()
+    routing = hand_routing(scores_TE, [[0], [3], [1]])
+    mask_BS = torch.ones(1, 3, dtype=torch.bool)
+    assert make_loss("group-balance")(routing, mask_BS).item() == pytest.approx(38 / 36)
+    # Without token 2 the groups are even.
+    mask_BS = torch.tensor([[True, True, False]])
+    assert make_loss("group-balance")(routing, mask_BS).item() == pytest.approx(1.0)
+
+
+def test_groups_divide_the_experts():
+    routing = hand_routing(PROBS.log(), [[0]] * 4)
+    mask_BS = torch.ones(1, 4, dtype=torch.bool)
+    with pytest.raises(InputError, match=r"num_groups must divide num_experts=2, got 3; choose"):
+        make_loss("group-balance", num_groups=3)(routing, mask_BS)
+    with pytest.raises(InputError, match=r"num_groups must be at least 1, got 0"):
+        make_loss("group-balance", num_groups=0)
 
 
 def test_null_balance_by_hand():

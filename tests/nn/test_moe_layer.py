@@ -29,8 +29,10 @@ def run(part, h):
 def test_output_is_the_weighted_sum_of_experts(router, training):
     moe = make_layer(router).train(training)
     h_TD = tokens(63, dtype=torch.float64)
-    weights_TE = dense_weights(run(moe.router, h_TD))
-    expected = (weights_TE.unsqueeze(2) * expert_outputs(moe, h_TD)).sum(1)
+    routing = run(moe.router, h_TD)
+    expected = (dense_weights(routing).unsqueeze(2) * expert_outputs(moe, h_TD)).sum(1)
+    if moe.free is not None:
+        expected = expected + moe.free(h_TD, routing.free_weights_TZ)
     torch.testing.assert_close(run(moe, h_TD), expected)
 
 

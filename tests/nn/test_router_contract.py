@@ -116,6 +116,9 @@ def test_renumbering_experts_renumbers_the_routing(name):
     router, h_TD = make_router(name, E), tokens(63)
     before = router(h_TD)
     order_E = torch.randperm(E, generator=torch.Generator().manual_seed(1))
+    if "groups" in ROUTERS[name].abilities:
+        # Neighbours stay together, whichever their number.
+        order_E = torch.arange(E).flip(0)
     with torch.no_grad():
         for parameter in router.parameters():
             # Rows after E are those of null experts.
@@ -228,6 +231,14 @@ def test_fresh_weights_are_small_and_differ(name):
         ("cmoe", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("cmoe", {"bias_step": -1.0}, r"bias_step must be at least 0, got -1.0; 0.001 is"),
         ("cmoe", {"activation": "sliu"}, r"'sliu' is unknown; did you mean silu"),
+        ("grouped-top-k", {"num_groups": 0}, r"num_groups must be at least 1, got 0"),
+        ("grouped-top-k", {"num_groups": 4}, r"num_groups must divide num_experts=6, got 4"),
+        ("grouped-top-k", {"per_group": 0}, r"per_group must be at least 1, got 0"),
+        (
+            "grouped-top-k",
+            {"num_groups": 3, "per_group": 3},
+            r"per_group must be in \[1, num_experts / num_groups=2\], got 3; lower it or",
+        ),
         ("linear-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("linear-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("mlp-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
@@ -243,6 +254,14 @@ def test_fresh_weights_are_small_and_differ(name):
             {"num_null": 2, "top_k": 9},
             r"top_k must be in \[1, num_experts \+ num_null=8\], got 9",
         ),
+        ("selective-sinkhorn", {"top_k": 0}, r"top_k must be at least 1, got 0"),
+        ("selective-sinkhorn", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
+        ("selective-sinkhorn", {"probability": 2.0}, r"probability must be in \[0, 1\], got 2.0"),
+        ("selective-sinkhorn", {"temperature": 0.0}, r"temperature must be above 0, got 0.0"),
+        ("selective-sinkhorn", {"noise": -1.0}, r"noise must be at least 0, got -1.0"),
+        ("selective-sinkhorn", {"max_rounds": 0}, r"max_rounds must be at least 1, got 0"),
+        ("selective-sinkhorn", {"tolerance": 0.0}, r"tolerance must be in \(0, 1\), got 0.0"),
+        ("selective-sinkhorn", {"gain": "linaer"}, r"'linaer' is unknown; did you mean linear"),
         ("sigmoid-threshold", {"threshold": 1.0}, r"threshold must be in \[0, 1\), got 1.0"),
         ("sigmoid-threshold", {"threshold": -0.1}, r"threshold must be in \[0, 1\), got -0.1"),
         ("sigmoid-threshold", {"threshold": float("nan")}, r"in \[0, 1\), got nan"),
@@ -257,6 +276,11 @@ def test_fresh_weights_are_small_and_differ(name):
             {"value": "one", "estimator": "hard-skip"},
             r"value 'one' leaves estimator 'hard-skip' no gradient; use",
         ),
+        ("sigmoid-top-k", {"bias_step": -1.0}, r"bias_step must be at least 0, got -1.0; 0.001 is"),
+        ("sigmoid-top-k", {"bias_rule": "sing"}, r"'sing' is unknown; did you mean sign"),
+        ("zero-computation", {"top_k": 0}, r"top_k must be at least 1, got 0; 2 is usual"),
+        ("zero-computation", {"top_k": 11}, r"top_k must be in \[1, num_experts=10\], got 11"),
+        ("zero-computation", {"num_copy": -1}, r"must be at least 0, got 1, -1, 2; 1, 1 and 2"),
         ("token-rounding", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("token-rounding", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("token-rounding", {"tile_rows": 0}, r"tile_rows must be at least 1, got 0; 128 is"),

@@ -331,6 +331,11 @@ def _check_kind(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.
 def _check_experts(model: nn.Module) -> None:
     """Refuse kinds of experts that compute more than their weights say: native code reads those."""
     for i, layer in enumerate(moe_layers(model)):
+        if layer.free is not None:
+            raise InputError(
+                f"layer {i} has free experts ({', '.join(layer.free.kinds)}), which have no native "
+                "code; generate with transformers"
+            )
         for part in (layer.experts, layer.shared):
             own = part is not None and (
                 type(part).forward is not Experts.forward or type(part).dense is not Experts.dense

@@ -29,7 +29,8 @@ from moesaic.models.ffn import decoder_layers, put_layer
 from moesaic.models.remote import write_code
 from moesaic.nn.bypass import Bypass
 from moesaic.nn.experts._base import Experts
-from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers, record_routing
+from moesaic.nn.free import FreeExperts
+from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers, pass_state, record_routing
 from moesaic.nn.losses._table import LOSSES
 from moesaic.nn.routers._base import Router
 from moesaic.nn.routing import Routing
@@ -108,7 +109,7 @@ class MoesaicMixin:
             )
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (Bypass, Experts, Router)):
+        if isinstance(module, (Bypass, Experts, FreeExperts, Router)):
             module.reset_parameters()
         elif isinstance(module, MoELayer):
             if module.output_bias is not None:
@@ -160,8 +161,9 @@ def _make_forward(parent: type[PreTrainedModel]) -> Any:
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         if labels is None and not output_router_logits:
-            return parent_forward(self, *args, return_dict=return_dict, **kwargs)
-        with record_routing(self) as routings:
+            with pass_state(self):
+                return parent_forward(self, *args, return_dict=return_dict, **kwargs)
+        with pass_state(self), record_routing(self) as routings:
             out = parent_forward(self, *args, return_dict=True, **kwargs)
         inputs = bound.get("input_ids")
         if inputs is None:

@@ -18,6 +18,7 @@ from moesaic._errors import InputError
 from moesaic.nn.bypass import Bypass
 from moesaic.nn.experts._base import Experts, ExpertsConfig
 from moesaic.nn.experts._table import EXPERTS
+from moesaic.nn.free import FreeExperts
 from moesaic.nn.routers._base import Router, RouterState
 from moesaic.nn.routers._table import ROUTERS
 from moesaic.nn.routing import Routing
@@ -96,6 +97,9 @@ class MoELayer(nn.Module):
             self.experts = make_experts(dim, config.num_experts, config.width, routed)
         if config.shared_width:
             self.shared = make_experts(dim, 1, config.shared_width, options)
+        self.free: FreeExperts | None = None
+        if self.router is not None and self.router.free_experts:
+            self.free = FreeExperts(dim, self.router.free_experts)
         self.output_bias = nn.Parameter(torch.zeros(dim)) if config.output_bias else None
         self.bypass = Bypass(dim, config.bypass_rank) if config.bypass_rank else None
         # Set by `all_experts_on`: the layer then is its dense parent.
@@ -117,7 +121,11 @@ class MoELayer(nn.Module):
             if self.all_on:
                 out_TD = self.experts(h_TD, None)
             else:
-                out_TD = self.experts(h_TD, self.router(h_TD, state))
+                routing = self.router(h_TD, state)
+                out_TD = self.experts(h_TD, routing)
+                if self.free is not None:
+                    assert routing.free_weights_TZ is not None, "its router has free experts"
+                    out_TD = out_TD + self.free(h_TD, routing.free_weights_TZ)
         if self.shared is not None:
             shared_TD = self.shared(h_TD, None)
             out_TD = shared_TD if out_TD is None else out_TD + shared_TD
@@ -136,6 +144,17 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
+def end_step(model: nn.Module) -> None:
+    """Tell every router that an optimiser step has ended; some move a bias by its loads.
+
+    `moesaic.train` and `moesaic.training.EndStep`, a callback for the Trainer of transformers, do
+    this; a training loop of one's own calls it after `optimizer.step()`.
+    """
+    for layer in moe_layers(model):
+        if layer.router is not None:
+            layer.router.end_step()
+
+
 @contextmanager
 def all_experts_on(model: nn.Module) -> Iterator[None]:
     """Make every layer compute all experts at weight one, routers unasked, while it lasts.
@@ -151,6 +170,36 @@ def all_experts_on(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, value in zip(layers, before, strict=True):
             layer.all_on = value
+
+
+@contextmanager
+def pass_state(model: nn.Module) -> Iterator[None]:
+    """Give routers that need it the routing of the layer before, in the order the layers run.
+
+    It holds for one pass over the model, whose own `forward` does this. Without such routers
+    nothing happens.
+    """
+    layers = [layer for layer in moe_layers(model) if layer.router is not None]
+    last: list[Routing] = []
+
+    def give(layer: MoELayer, args: Any, options: dict[str, Any]) -> Any:
+        state = RouterState(previous=last[0] if last else None)
+        return args, {**options, "state": state}
+
+    def keep(router: nn.Module, args: object, routing: Routing) -> None:
+        last[:] = [routing]
+
+    handles = []
+    if any(layer.router.needs_previous for layer in layers if layer.router is not None):
+        for layer in layers:
+            assert layer.router is not None
+            handles.append(layer.register_forward_pre_hook(give, with_kwargs=True))
+            handles.append(layer.router.register_forward_hook(keep))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -26,10 +26,12 @@ class Routing:
         ids_TK: Expert of each slot, [T, K] int64 in [0, E].
         weights_TK: Weight of each slot, [T, K]. A held slot of weight exactly 0 is computed in
             training, for its gradient, and counts as switched off.
-        scores_TE: What the router scored before deciding, raw. Null experts add columns after E,
-            as noise does in training.
+        scores_TE: What the router scored before deciding, raw. Null and free experts add
+            columns after E, as noise does in training.
         num_experts: E.
         aux: Scalar losses that only the router itself can compute, by name.
+        free_weights_TZ: Weights of the experts without neurons that stand beside the E, [T, Z],
+            zero where not chosen; they take no slot. None where the router has none.
     """
 
     ids_TK: Tensor
@@ -37,6 +39,7 @@ class Routing:
     scores_TE: Tensor
     num_experts: int
     aux: Mapping[str, Tensor] = field(default_factory=dict)
+    free_weights_TZ: Tensor | None = None
 
     def weights_TE(self) -> Tensor:
         """Weight of every expert for every token, [T, E]."""

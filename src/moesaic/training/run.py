@@ -24,6 +24,7 @@ from moesaic.models.ffn import decoder_layers
 from moesaic.nn.layer import moe_layers
 from moesaic.training.budget import BudgetControl, settle_threshold, sigmoid_routers
 from moesaic.training.config import TrainConfig
+from moesaic.training.end_step import EndStep
 from moesaic.training.teacher import dense_teacher, given_teacher, is_own_teacher
 from moesaic.training.trainer import BlockDataset, DistillTrainer, StepRecorder
 from moesaic.training.zeros import zeros_kept
@@ -101,7 +102,7 @@ def train(
             text.domains,
             _arguments(model, config, directory, steps),
             train_dataset=BlockDataset(text),
-            callbacks=[recorder],
+            callbacks=[recorder, EndStep()],
         )
         recorder.trainer = trainer
         _quiet(trainer)

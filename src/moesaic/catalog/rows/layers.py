@@ -30,6 +30,10 @@ SYSTEMS = (
             "Puts discard, copy and constant experts, which cost nothing, beside FFN experts; "
             "routers see earlier scores."
         ),
+        status="works",
+        uses=("router:zero-computation", "loss:heterogeneous-balance"),
+        check="tests/nn/test_zero_computation.py",
+        evidence="evidence/moe_plus_plus.json",
     ),
     System(
         id="deepseekmoe",
@@ -45,6 +49,10 @@ SYSTEMS = (
             "Splits experts finely and keeps a few shared ones always on, for specialisation "
             "at equal compute."
         ),
+        status="works",
+        uses=("router:topk-softmax", "loss:load-balance", "loss:group-balance"),
+        check="tests/nn/test_deepseekmoe.py",
+        evidence="evidence/deepseekmoe.json",
     ),
     System(
         id="adamoe",
@@ -99,6 +107,10 @@ SYSTEMS = (
             "Picks equally many experts from every device's group, so all devices carry the "
             "same load."
         ),
+        status="works",
+        uses=("router:grouped-top-k", "loss:load-balance"),
+        check="tests/nn/test_grouped_top_k.py",
+        evidence="evidence/moge.json",
     ),
     System(
         id="chain-of-experts",
@@ -146,6 +158,10 @@ SYSTEMS = (
             "Balances a top-k router by solving a small transport problem now and then, "
             "without an auxiliary loss."
         ),
+        status="works",
+        uses=("router:selective-sinkhorn",),
+        check="tests/nn/test_selective_sinkhorn.py",
+        evidence="evidence/selective_sinkhorn.json",
     ),
     System(
         id="comet",
@@ -175,6 +191,10 @@ SYSTEMS = (
             "Keeps experts evenly loaded by nudging one selection bias per expert, with a "
             "theory that audits it."
         ),
+        status="works",
+        uses=("router:sigmoid-top-k",),
+        check="tests/nn/test_sigmoid_top_k.py",
+        evidence="evidence/alf_lb.json",
     ),
     System(
         id="thor",

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from moesaic._config import build_config
 from moesaic.models.export._base import Format, FormatConfig, Layout
 from moesaic.models.export._directory import DirectoryFormat, Target
 from moesaic.models.export._obstacles import Attention, attention_of, first_obstacle, read_layers
@@ -26,6 +27,7 @@ from moesaic.models.export._stock import (
     state_beside_layers,
 )
 from moesaic.nn.layer import moe_layers
+from moesaic.nn.routers.sigmoid_top_k import SigmoidTopKConfig
 
 LAYOUT = Layout(router="sigmoid-top-k", min_shared=1)
 
@@ -53,6 +55,7 @@ def build_glm4_moe(model: PreTrainedModel) -> Any:
     config: Any = model.config
     layer = read_layers(config)[0]
     attention = attention_of(config)
+    router = build_config(SigmoidTopKConfig, layer.router_options, where="config.moesaic.layers")
     values = {
         **shared_values(config),
         "partial_rotary_factor": 1.0,
@@ -60,12 +63,12 @@ def build_glm4_moe(model: PreTrainedModel) -> Any:
         "moe_intermediate_size": layer.width,
         "n_routed_experts": layer.num_experts,
         "n_shared_experts": layer.shared_width // layer.width,
-        "num_experts_per_tok": layer.router_options["top_k"],
-        "routed_scaling_factor": layer.router_options["scale"],
+        "num_experts_per_tok": router.top_k,
+        "routed_scaling_factor": router.scale,
         "n_group": 1,
         "topk_group": 1,
         "first_k_dense_replace": 0,
-        "norm_topk_prob": False,
+        "norm_topk_prob": router.normalize,
         "num_nextn_predict_layers": 0,
         "attention_bias": attention.qkv_bias,
         "use_qk_norm": attention.qk_norm,

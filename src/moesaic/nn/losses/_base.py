@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moesaic.nn.routing import Routing
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossConfig:
@@ -28,3 +30,30 @@ def squared_variation(sum_E: Tensor) -> Tensor:
     """
     mean = sum_E.mean()
     return (sum_E - mean).square().mean() / mean.square().clamp(min=1e-10)
+
+
+def load_and_probability(routing: Routing, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Share of a sequence's tokens that use each expert, and the mean of its softmax.
+
+    Padding counts for nothing; a sequence of padding alone has zeros.
+
+    Args:
+        routing: A routing whose scores are softmax logits.
+        mask_BS: True where a token is not padding; [1, T] takes all tokens together.
+
+    Returns:
+        Load, which has no gradient, and probability, [B, E] each.
+    """
+    num_sequences = mask_BS.shape[0]
+    shape = (num_sequences, mask_BS.numel() // max(1, num_sequences))
+    probs_TE = routing.scores_TE[:, : routing.num_experts].softmax(-1)
+    mask_BS1 = mask_BS.reshape(*shape, 1).to(probs_TE.dtype)
+    load_BSE = routing.active_TE().reshape(*shape, routing.num_experts).to(probs_TE.dtype)
+    probs_BSE = probs_TE.reshape(*shape, routing.num_experts)
+    num_B1 = mask_BS1.sum(1).clamp(min=1)
+    return (load_BSE * mask_BS1).sum(1) / num_B1, (probs_BSE * mask_BS1).sum(1) / num_B1
+
+
+def shares(load_BE: Tensor) -> Tensor:
+    """Divide loads by their sum over experts, [B, E]; where nobody was chosen they stay zero."""
+    return load_BE / load_BE.sum(1, keepdim=True).clamp(min=1e-10)

@@ -16,6 +16,22 @@ LOSSES = MethodTable(
             abilities=frozenset({"softmax"}),
         ),
         MethodInfo(
+            name="group-balance",
+            target="moesaic.nn.losses.group_balance:group_balance_loss",
+            config="moesaic.nn.losses.group_balance:GroupBalanceConfig",
+            summary="Load balance between groups of experts, as between devices",
+            paper="DeepSeekMoE, arXiv 2401.06066",
+            abilities=frozenset({"softmax"}),
+        ),
+        MethodInfo(
+            name="heterogeneous-balance",
+            target="moesaic.nn.losses.heterogeneous_balance:heterogeneous_balance_loss",
+            config="moesaic.nn.losses.heterogeneous_balance:HeterogeneousBalanceConfig",
+            summary="Load balance in which free experts count less and get more tokens",
+            paper="MoE++, arXiv 2410.07348",
+            abilities=frozenset({"softmax", "free-experts"}),
+        ),
+        MethodInfo(
             name="importance",
             target="moesaic.nn.losses.importance:importance_loss",
             config="moesaic.nn.losses._base:LossConfig",

@@ -2,7 +2,9 @@
 
 Source: Switch Transformer, arXiv 2101.03961, equation 4; per sequence as in DeepSeek-V3,
 arXiv 2412.19437, equation 17. Load counts tokens, so the loads of a token with k experts sum to k
-(dynamic routing, arXiv 2403.07652); balanced routing gives k.
+(dynamic routing, arXiv 2403.07652); balanced routing gives k. Counted in choices, the loads sum to
+one and balanced routing gives 1 (DeepSeekMoE, arXiv 2401.06066, equations 12 to 14; MoGE,
+arXiv 2505.21411).
 
 Shapes: B sequences, S positions, T = B * S tokens, E experts.
 """
@@ -14,6 +16,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from moesaic.nn.losses._base import load_and_probability, shares
 from moesaic.nn.routing import Routing
 
 
@@ -24,9 +27,12 @@ class LoadBalanceConfig:
     Attributes:
         scope: `batch` balances all tokens together and lets a sequence specialise; `sequence`
             balances each sequence and averages.
+        share_of: What a load is a share of: the `tokens`, or the `choices` that they made, which
+            divides the loss by the mean number of experts per token.
     """
 
     scope: Literal["batch", "sequence"] = "batch"
+    share_of: Literal["tokens", "choices"] = "tokens"
 
 
 def load_balance_loss(routing: Routing, mask_BS: Tensor, config: LoadBalanceConfig) -> Tensor:
@@ -40,16 +46,12 @@ def load_balance_loss(routing: Routing, mask_BS: Tensor, config: LoadBalanceConf
     Returns:
         The loss of one layer.
     """
-    probs_TE = routing.scores_TE[:, : routing.num_experts].softmax(-1)
-    num_sequences = 1 if config.scope == "batch" else mask_BS.shape[0]
-    shape = (num_sequences, mask_BS.numel() // max(1, num_sequences))
-    mask_BS1 = mask_BS.reshape(*shape, 1).to(probs_TE.dtype)
-    load_BSE = routing.active_TE().reshape(*shape, routing.num_experts).to(probs_TE.dtype)
-    probs_BSE = probs_TE.reshape(*shape, routing.num_experts)
-    num_B1 = mask_BS1.sum(1).clamp(min=1)
-    load_BE = (load_BSE * mask_BS1).sum(1) / num_B1
-    probs_BE = (probs_BSE * mask_BS1).sum(1) / num_B1
+    if config.scope == "batch":
+        mask_BS = mask_BS.reshape(1, -1)
+    load_BE, probs_BE = load_and_probability(routing, mask_BS)
+    if config.share_of == "choices":
+        load_BE = shares(load_BE)
     loss_B = routing.num_experts * (load_BE * probs_BE).sum(1)
     # A sequence of padding alone has no load to balance.
-    used_B = (mask_BS1.sum((1, 2)) > 0).to(loss_B.dtype)
+    used_B = mask_BS.any(1).to(loss_B.dtype)
     return (loss_B * used_B).sum() / used_B.sum().clamp(min=1)

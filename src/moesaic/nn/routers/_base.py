@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic._errors import InputError
+from moesaic.nn.free import FreeKind
 from moesaic.nn.routing import Routing
 
 
@@ -35,10 +36,14 @@ class Router(nn.Module, ABC):
 
     Attributes:
         num_experts: E, the real experts.
+        free_experts: Kinds of the experts without neurons that it chooses among, too.
+        needs_previous: Whether it needs the routing of the layer before, in its state.
         training_only: Names of parameters that take no part in evaluation.
     """
 
     num_experts: int
+    free_experts: tuple[FreeKind, ...] = ()
+    needs_previous: bool = False
     training_only: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
@@ -48,6 +53,9 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw fresh weights."""
+
+    def end_step(self) -> None:
+        """Act on the loads of the optimiser step that just ended; most routers do nothing."""
 
 
 class LinearRouter(Router, ABC):

@@ -16,6 +16,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"softmax", "top-k"}),
         ),
         MethodInfo(
+            name="grouped-top-k",
+            target="moesaic.nn.routers.grouped_top_k:GroupedTopK",
+            config="moesaic.nn.routers.grouped_top_k:GroupedTopKConfig",
+            summary="The best experts of every group: devices always carry equal work",
+            paper="MoGE, arXiv 2505.21411",
+            abilities=frozenset({"softmax", "top-k", "groups"}),
+        ),
+        MethodInfo(
             name="linear-top-k",
             target="moesaic.nn.routers.linear_top_k:LinearTopK",
             config="moesaic.nn.routers._base:TopKConfig",
@@ -56,6 +64,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"top-k", "noise-in-training"}),
         ),
         MethodInfo(
+            name="selective-sinkhorn",
+            target="moesaic.nn.routers.selective_sinkhorn:SelectiveSinkhorn",
+            config="moesaic.nn.routers.selective_sinkhorn:SelectiveSinkhornConfig",
+            summary="Top-k; now and then in training by a transport plan that evens the load",
+            paper="Selective Sinkhorn Routing, arXiv 2511.08972",
+            abilities=frozenset({"softmax", "top-k", "batch-in-training"}),
+        ),
+        MethodInfo(
             name="sigmoid-threshold",
             target="moesaic.nn.routers.sigmoid_threshold:SigmoidThreshold",
             config="moesaic.nn.routers.sigmoid_threshold:SigmoidThresholdConfig",
@@ -68,7 +84,7 @@ ROUTERS = MethodTable(
             target="moesaic.nn.routers.sigmoid_top_k:SigmoidTopK",
             config="moesaic.nn.routers.sigmoid_top_k:SigmoidTopKConfig",
             summary="The k highest sigmoid gates; a bias decides with them and weighs nothing",
-            paper="DeepSeek-V3, arXiv 2412.19437",
+            paper="DeepSeek-V3, arXiv 2412.19437; loss-free balancing, arXiv 2408.15664",
             abilities=frozenset({"sigmoid", "top-k"}),
         ),
         MethodInfo(
@@ -94,6 +110,14 @@ ROUTERS = MethodTable(
             summary="The k most probable experts, renormalised or not",
             paper="Sparsely-gated MoE, arXiv 1701.06538; Mixtral, arXiv 2401.04088",
             abilities=frozenset({"softmax", "top-k"}),
+        ),
+        MethodInfo(
+            name="zero-computation",
+            target="moesaic.nn.routers.zero_computation:ZeroComputation",
+            config="moesaic.nn.routers.zero_computation:ZeroComputationConfig",
+            summary="Top-k among experts and zero, copy and constant ones, which cost nothing",
+            paper="MoE++, arXiv 2410.07348",
+            abilities=frozenset({"softmax", "top-k", "variable", "free-experts"}),
         ),
     ],
 )

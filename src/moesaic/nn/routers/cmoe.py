@@ -3,9 +3,8 @@
 Source: CMoE, arXiv 2502.04416: scores |(W_u h) * act(W_g h)| of the representative neurons, whose
 rows have unit length (the inputs do not); softmax; the highest of probability plus bias; a chosen
 expert weighs 1 + probability * scale with a scale that starts at zero; no balance loss. Ours: the
-bias moves when the gradient of a step reaches the scores, not in `forward`, so that a layer which
-recomputes its forward is not counted twice; and it is stored as a whole number of steps, which half
-precision would swallow. Passes that are accumulated into one optimiser step move it once each.
+bias moves when an optimiser step ends, by the loads of all its passes, and is stored as a whole
+number of steps, which half precision would swallow.
 
 Shapes: T tokens, D model width, E experts, K experts per token.
 """
@@ -13,13 +12,13 @@ Shapes: T tokens, D model width, E experts, K experts per token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from moesaic._errors import InputError
 from moesaic.nn.routers._base import Router, RouterState, check_top_k, linear_scores
+from moesaic.nn.routers._loads import StepLoads
 from moesaic.nn.routing import Routing
 from moesaic.ops.weights import activation
 
@@ -63,6 +62,7 @@ class CMoERouter(Router):
         super().__init__()
         self.num_experts = num_experts
         self.config = config
+        self.loads = StepLoads(num_experts)
         # Up rows and gate rows of the representative neurons, [E, D] each.
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.gate = nn.Parameter(torch.empty(num_experts, dim))
@@ -95,15 +95,15 @@ class CMoERouter(Router):
         ids_TK = (probs_TE.detach() + bias_E).topk(self.config.top_k, dim=-1).indices
         scale_TK = self.scale.to(probs_TE.dtype)[ids_TK]
         weights_TK = 1 + probs_TE.gather(1, ids_TK) * scale_TK
-        if self.training and scores_TE.requires_grad:
-            scores_TE.register_hook(partial(self._move_bias, ids_TK))
+        if self.training:
+            self.loads.watch(ids_TK, scores_TE)
         return Routing(ids_TK, weights_TK, scores_TE, self.num_experts)
 
-    def _move_bias(self, ids_TK: Tensor, gradient_TE: Tensor) -> None:
+    def end_step(self) -> None:
         """Raise the bias of experts below the mean load by a step, lower that of those above."""
-        load_E = torch.bincount(ids_TK.flatten(), minlength=self.num_experts)
-        mean = ids_TK.numel() / self.num_experts
-        self.balance += (load_E < mean).long() - (load_E > mean).long()
+        load_E = self.loads.take()
+        if load_E is not None:
+            self.balance += (load_E.double().mean() - load_E).sign().long()
 
     def extra_repr(self) -> str:
         """Sizes and settings, for printing."""

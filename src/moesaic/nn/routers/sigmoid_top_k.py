@@ -2,7 +2,10 @@
 
 Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2 (equations 14 to 16), as GLM-4.5 and its
 relatives use it: sigmoid gates, the highest of gate plus bias are chosen, each weighs its gate
-times a factor. Left out: groups of experts, and the bias that moves in training; here it stays.
+times a factor. Left out: groups of experts. The bias stays, or moves as in auxiliary-loss-free
+balancing, arXiv 2408.15664, algorithm 1: after an optimiser step an expert that was chosen less
+than the mean rises by a step, one that was chosen more falls; `moesaic.analysis.balance` has the
+theory of it, arXiv 2512.03915. Padding counts as load: the router does not know it.
 
 It is what a router with a threshold (`sigmoid-threshold`) becomes for software that knows a fixed
 number of experts per token.
@@ -13,12 +16,14 @@ Shapes: T tokens, D model width, E experts, K experts per token.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from moesaic._errors import InputError
 from moesaic.nn.routers._base import Router, RouterState, check_top_k, linear_scores
+from moesaic.nn.routers._loads import StepLoads
 from moesaic.nn.routing import Routing
 
 
@@ -30,16 +35,27 @@ class SigmoidTopKConfig:
         top_k: Experts per token.
         scale: What every gate is multiplied by. E over `top_k` makes up for the experts that are
             off, as DSMoE does for as many.
+        normalize: Whether the chosen gates are divided by their sum, as DeepSeek-V3 does and the
+            paper of the balancing does not.
+        bias_step: How far an optimiser step moves the bias, in units of gates; 0 leaves it alone,
+            0.001 is usual: a tenth is slow at first, ten times as much swings at the end.
+        bias_rule: `sign` moves every expert off the mean by the same; `proportional` by
+            `bias_step` for each choice that it lies off the mean, which is no better.
     """
 
     top_k: int = 2
     scale: float = 1.0
+    normalize: bool = False
+    bias_step: float = 0.0
+    bias_rule: Literal["sign", "proportional"] = "sign"
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise InputError(f"top_k must be at least 1, got {self.top_k}; choose 1 to num_experts")
         if not 0.0 < self.scale < float("inf"):
             raise InputError(f"scale must be above 0, got {self.scale}; 1 leaves gates as they are")
+        if not 0.0 <= self.bias_step < float("inf"):
+            raise InputError(f"bias_step must be at least 0, got {self.bias_step}; 0.001 is usual")
 
 
 class SigmoidTopK(Router):
@@ -61,6 +77,7 @@ class SigmoidTopK(Router):
         super().__init__()
         self.num_experts = num_experts
         self.config = config
+        self.loads = StepLoads(num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.register_buffer("choice_bias", torch.empty(num_experts, dtype=torch.float32))
         self.reset_parameters()
@@ -84,9 +101,32 @@ class SigmoidTopK(Router):
         gates_TE = scores_TE.sigmoid()
         choice_TE = gates_TE.detach() + self.choice_bias.to(gates_TE.dtype)
         ids_TK = choice_TE.topk(self.config.top_k, dim=-1).indices
-        weights_TK = gates_TE.gather(1, ids_TK) * self.config.scale
-        return Routing(ids_TK, weights_TK, scores_TE, self.num_experts)
+        weights_TK = gates_TE.gather(1, ids_TK)
+        if self.config.normalize:
+            # Gates that are all zero in this precision keep a finite gradient.
+            tiny = torch.finfo(weights_TK.dtype).tiny
+            weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=tiny)
+        if self.training and self.config.bias_step > 0:
+            self.loads.watch(ids_TK, scores_TE)
+        return Routing(ids_TK, weights_TK * self.config.scale, scores_TE, self.num_experts)
+
+    def end_step(self) -> None:
+        """Move the bias of every expert towards the mean load of the step."""
+        load_E = self.loads.take()
+        if load_E is None:
+            return
+        below_E = load_E.double().mean() - load_E
+        if self.config.bias_rule == "sign":
+            below_E = below_E.sign()
+        # In half precision the sum would be the bias again; from here on it is kept in full.
+        dtype = torch.promote_types(self.choice_bias.dtype, torch.float32)
+        if self.choice_bias.dtype != dtype:
+            self.choice_bias = self.choice_bias.to(dtype)
+        self.choice_bias += (self.config.bias_step * below_E).to(dtype)
 
     def extra_repr(self) -> str:
         """Sizes and settings, for printing."""
-        return f"experts={self.num_experts}, top_k={self.config.top_k}, scale={self.config.scale:g}"
+        return (
+            f"experts={self.num_experts}, top_k={self.config.top_k}, "
+            f"scale={self.config.scale:g}, bias_step={self.config.bias_step:g}"
+        )
