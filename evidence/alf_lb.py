@@ -95,7 +95,7 @@ def judge(results: dict[str, Any]) -> tuple[dict[str, bool], str]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the script."""
     options = arguments("loss-free balancing", argv)
-    sizes = {"steps": 3 if options.quick else 250, "windows": 8 if options.quick else 64}
+    sizes = {"steps": 3 if options.quick else 1000, "windows": 8 if options.quick else 64}
     seeds = (0,) if options.quick else (0, 1, 2)
     results = {"seeds": [{"seed": s, **{way: train(way, s, sizes) for way in WAYS}} for s in seeds]}
     holds, sentence = judge(results)
