@@ -53,3 +53,9 @@ def test_half_active_holds_what_we_ask_of_it():
     assert ratio(ours) <= 1.35
     others = [line for line in done(0.5) if line["method"] != OURS]
     assert all(ratio(ours) < ratio(line) for line in others)
+
+
+def test_three_quarters_active_holds_what_we_ask_of_it():
+    """After training ours is within 1.08."""
+    ours = next(line for line in done(0.75) if line["method"] == OURS and line["trained"])
+    assert ratio(ours) <= 1.08
