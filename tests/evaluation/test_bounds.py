@@ -13,6 +13,7 @@ from torch import nn
 from moesaic._errors import InputError
 from moesaic.calibration import CalibrationConfig, calibrate
 from moesaic.conversion._table import CONVERSIONS
+from moesaic.conversion.dsmoe import DSMoE
 from moesaic.evaluation import block_bound, evaluate_perplexity, neuron_bound
 from moesaic.evaluation.bounds import _common
 from moesaic.evaluation.bounds._table import BOUNDS
@@ -333,3 +334,9 @@ def test_an_applied_block_bound_meets_its_budget(options, kept, blocks, tmp_path
 def test_settings_that_no_block_bound_meets_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         BlockBound(**options)
+
+
+def test_blocks_of_the_bound_stay_as_they_are_cut():
+    """Moved ones would not add up to the dense network."""
+    assert DSMoE().refit
+    assert not BlockBound(convert="dsmoe").conversion().refit

@@ -1,7 +1,7 @@
 """The conversions of a dense model into a mixture of experts, by name.
 
-Abilities: `cut`, all experts on is the dense model; `fixed-k`, every token uses exactly what was
-asked for; `gated-only`, networks without a gate are refused.
+Abilities: `cut`, all experts on is the dense model, unless `refit` moves them; `fixed-k`, every
+token uses exactly what was asked for; `gated-only`, networks without a gate are refused.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ Shapes: T tokens, C tokens of a chunk, K kept, D model width, E experts.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,9 +79,12 @@ class BlockBound:
             whole_experts(self.active, experts)
 
     def conversion(self) -> Any:
-        """Settings of the conversion, checked."""
+        """Settings of the conversion, checked; blocks stay as they are cut, to add up."""
         options = {**self.options, "active": self.active}
-        return method_config(CONVERSIONS, self.convert, options, where=f"convert {self.convert}")
+        where = f"convert {self.convert}"
+        settings = method_config(CONVERSIONS, self.convert, options, where=where)
+        moves = getattr(settings, "refit", False)
+        return dataclasses.replace(settings, refit=False) if moves else settings
 
     def collectors(self) -> tuple[str, ...]:
         """Names of the calibration collectors that the conversion needs."""

@@ -4,7 +4,7 @@ Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2 (equations 14 to 16), as GL
 relatives use it: sigmoid gates, the highest of gate plus bias are chosen, each weighs its gate
 times a factor. Left out: groups of experts. The bias stays, or moves as in auxiliary-loss-free
 balancing, arXiv 2408.15664, algorithm 1: after an optimiser step an expert that was chosen less
-than the mean rises by a step, one that was chosen more falls; `moesaic.analysis.balance` has the
+than the mean rises by a step, one that was chosen more falls; `analysis/balance.py` has the
 theory of it, arXiv 2512.03915. Padding counts as load: the router does not know it.
 
 It is what a router with a threshold (`sigmoid-threshold`) becomes for software that knows a fixed
