@@ -14,6 +14,7 @@ from moesaic._errors import InputError
 from moesaic.evaluation import threshold_at
 from moesaic.inference import Decoder, Engine, Sampling, pack_experts
 from moesaic.inference import _layout as layouts
+from moesaic.inference.engine import choose
 from moesaic.nn.layer import all_experts_on, moe_layers, record_routing
 from moesaic.ops.cpu import library
 from moesaic.ops.cpu.packed import PackedExperts
@@ -385,3 +386,17 @@ def test_experts_that_do_more_than_their_weights_say_are_refused(thresholds):
             Engine(model, weight_format=weight_format, length=64)
     with pytest.raises(InputError, match=r"activation 'of its own' has no native code; gelu"):
         pack_experts(model)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=5e-324),
+        Sampling(temperature=1e-40),
+        Sampling(temperature=1, top_p=5e-324),
+    ],
+    ids=str,
+)
+def test_settings_at_their_bounds_choose_the_best_token(sampling):
+    logits_V = torch.tensor([-3.0, 40.0, 7.0, 39.0])
+    assert choose(logits_V, sampling, torch.Generator().manual_seed(0)) == 1

@@ -12,7 +12,7 @@ from llama_cpp_cases import continued, needs, our_perplexity, perplexity, server
 from model_cases import random_ids
 
 import moesaic as mo
-from moesaic.models.checkpoint import load_tokenizer, new_manifest, save
+from moesaic.models.checkpoint import load_dense, load_tokenizer, new_manifest, save
 from moesaic.models.export.verify import greedy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -31,7 +31,7 @@ def mosaic(tmp_path_factory, text):
     config = mo.DSMoE(experts=8, active=0.75, bypass=0, allocation="uniform", fit_steps=10)
     calibration = mo.CalibrationConfig(tokens=1024)
     model = mo.convert(SOURCE, config, text=text.train, calibration=calibration)
-    save(model, path, new_manifest(SOURCE, model), load_tokenizer(SOURCE))
+    save(model, path, new_manifest(SOURCE, load_dense(SOURCE)), load_tokenizer(SOURCE))
     return path
 
 

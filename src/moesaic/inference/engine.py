@@ -131,10 +131,12 @@ def choose(logits_V: Tensor, sampling: Sampling, draws: torch.Generator) -> int:
     """Choose the next token."""
     if sampling.temperature == 0.0:
         return int(logits_V.argmax())
-    probs_V = (logits_V / sampling.temperature).softmax(0)
+    # The best is zero whatever divides it, so no temperature makes it infinite.
+    temperature = max(sampling.temperature, torch.finfo(logits_V.dtype).tiny)
+    probs_V = ((logits_V - logits_V.max()) / temperature).softmax(0)
     if sampling.top_p < 1.0:
         sorted_V, order_V = probs_V.sort(descending=True)
-        # The token that crosses the mass is still in.
-        sorted_V[sorted_V.cumsum(0) - sorted_V >= sampling.top_p] = 0.0
+        # The token that crosses the mass is still in, and the first always.
+        sorted_V[1:][(sorted_V.cumsum(0) - sorted_V)[1:] >= sampling.top_p] = 0.0
         probs_V = torch.zeros_like(probs_V).scatter(0, order_V, sorted_V)
     return int(torch.multinomial(probs_V, 1, generator=draws))
