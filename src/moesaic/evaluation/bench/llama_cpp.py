@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from moesaic._errors import RunError
 from moesaic.evaluation.bench.cell import DENSE
+from moesaic.models.export.gguf import add_decoder
 
 Rows = list[dict[str, Any]]
 
@@ -166,18 +167,7 @@ def write_gguf(model: PreTrainedModel, path: Path, weights: str) -> None:
     config: Any = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("none")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    add_decoder(writer, config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     parameters = dict(model.named_parameters())
     kinds = {

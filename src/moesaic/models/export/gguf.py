@@ -199,10 +199,13 @@ def _dequantized(data: NDArray[Any], kind: str) -> Tensor:
     return torch.from_numpy(np.array(wide, dtype=np.float32))
 
 
-def _add_metadata(writer: Any, config: Any, kind: str) -> None:
-    import gguf
+def add_decoder(writer: Any, config: Any) -> None:
+    """Write what the file of any decoder like Llama says of its sizes.
 
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}" if kind != "F32" else "ALL_F32"])
+    Args:
+        writer: A `GGUFWriter`.
+        config: Of the model.
+    """
     writer.add_vocab_size(config.vocab_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -215,6 +218,13 @@ def _add_metadata(writer: Any, config: Any, kind: str) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _add_metadata(writer: Any, config: Any, kind: str) -> None:
+    import gguf
+
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}" if kind != "F32" else "ALL_F32"])
+    add_decoder(writer, config)
     writer.add_leading_dense_block_count(0)
     writer.add_expert_count(config.n_routed_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
