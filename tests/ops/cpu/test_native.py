@@ -26,7 +26,9 @@ from moesaic.ops.select import apply_experts
 
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
 
-FORMATS = ["float32", "bfloat16", "int8"]
+HAS_DOT = not library.why_not() and packed.has_dot()
+FORMATS = ["float32", "bfloat16", "int8", *(["bfloat16-dot"] if HAS_DOT else [])]
+EXACT_FORMATS = FORMATS[:3]  # those that round no activation
 KINDS = [(gated, bias) for gated in (True, False) for bias in (False, True)]
 CASES = [
     *(Case(T=T, gated=gated, bias=bias) for T in (0, 1, 63, 257) for gated, bias in KINDS),
@@ -64,12 +66,47 @@ def rounded(inputs: Inputs, weight_format: str) -> Inputs:
     return inputs._replace(weights=w).to(torch.float64)
 
 
-@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("weight_format", EXACT_FORMATS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_reference(case, weight_format):
     inputs = case.inputs(torch.float32)
     expected = experts_reference(*rounded(inputs, weight_format))
     torch.testing.assert_close(run(inputs, weight_format), expected.float(), rtol=2e-5, atol=2e-5)
+
+
+def twice_rounded(inputs: Inputs) -> torch.Tensor:
+    """Experts in float64 that round what they multiply to bfloat16: inputs, weights, neurons."""
+    h_TD, ids_TK, weights_TK, w = inputs.to(torch.float64)
+
+    def round_it(x: torch.Tensor) -> torch.Tensor:
+        return x.bfloat16().double()
+
+    out_TD = torch.zeros_like(h_TD)
+    held_TK = (ids_TK >= 0) & (ids_TK < w.num_experts)
+    for t, k in held_TK.nonzero().tolist():
+        e, weight = ids_TK[t, k], weights_TK[t, k]
+        bias = 0 if w.up_bias is None else w.up_bias[e]
+        neurons_F = round_it(w.activate(round_it(w.up[e]) @ round_it(h_TD[t]) + bias) * weight)
+        out_TD[t] += round_it(w.down[e]) @ neurons_F
+        out_TD[t] += 0 if w.down_bias is None else w.down_bias[e] * weight
+    return out_TD.float()
+
+
+@pytest.mark.skipif(not HAS_DOT, reason="no AVX512-BF16")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_dot_rounds_what_it_multiplies_and_nothing_else(case):
+    inputs = case.inputs(torch.float32)
+    expected, actual = twice_rounded(inputs), run(inputs, "bfloat16-dot")
+    # A neuron that lies between two values may fall to the other side than in float64.
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    close_T = torch.isclose(actual, expected, rtol=2e-5, atol=2e-5).all(1)
+    assert close_T.float().mean() >= 0.95 or case.T == 0
+
+
+@pytest.mark.skipif(HAS_DOT, reason="this machine has AVX512-BF16")
+def test_dot_is_refused_where_the_processor_lacks_it():
+    with pytest.raises(InputError, match="needs a processor with AVX512-BF16"):
+        PackedExperts(Case().inputs(torch.float32).weights, "bfloat16-dot")
 
 
 @pytest.mark.parametrize("name", packed._ACTIVATIONS)
@@ -143,14 +180,17 @@ def test_bfloat16_goes_in_and_out():
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
-@pytest.mark.parametrize(("T", "O", "I"), [(1, 1, 1), (13, 40, 17), (30, 64, 64)])
+@pytest.mark.parametrize(
+    ("T", "O", "I"), [(1, 1, 1), (13, 40, 17), (30, 64, 64), (3, 32, 512), (2, 32, 31)]
+)
 def test_linear_equals_torch(weight_format, T, O, I):
     draw = torch.Generator().manual_seed(0)
     weight_OI, bias_O = torch.randn(O, I, generator=draw), torch.randn(O, generator=draw)
     x_TI = torch.randn(T, I, generator=draw)
-    stored = weight_OI.bfloat16().float() if weight_format == "bfloat16" else weight_OI
+    stored = weight_OI.bfloat16().float() if weight_format.startswith("bfloat16") else weight_OI
     stored = round_rows(weight_OI) if weight_format == "int8" else stored
-    expected = (x_TI.double() @ stored.double().T + bias_O).float()
+    read_TI = x_TI.bfloat16() if weight_format == "bfloat16-dot" else x_TI
+    expected = (read_TI.double() @ stored.double().T + bias_O).float()
     actual = PackedLinear(weight_OI, bias_O, weight_format)(x_TI)
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
 
@@ -160,7 +200,7 @@ def test_bytes_are_those_of_the_format():
     numbers = 2 * 3 * 64 * 64
     sizes = {f: PackedExperts(weights, f).num_bytes for f in FORMATS}
     assert sizes["float32"] == 4 * numbers
-    assert sizes["bfloat16"] == 2 * numbers
+    assert sizes["bfloat16"] == sizes.get("bfloat16-dot", 2 * numbers) == 2 * numbers
     # One scale for each of 2 * 128 rows of up and 2 * 64 of down.
     assert sizes["int8"] == numbers + 4 * 2 * (128 + 64)
 
@@ -203,24 +243,29 @@ def test_an_own_gate_has_no_native_code():
         PackedExperts(weights)
 
 
-def test_avx2_gives_the_same():
-    # On a machine without AVX-512 this is the same set once more.
+@pytest.mark.parametrize(("level", "lanes"), [("avx2", 8), ("avx512", 16)])
+def test_a_lesser_processor_gives_the_same(level, lanes):
+    # On a machine of that level this is the same set once more.
+    if level == "avx512" and packed.lanes() != lanes:
+        pytest.skip("no AVX-512")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import torch, test_native as t\n"
-        "assert torch.backends.cpu.get_cpu_capability() == 'AVX2'\n"
-        "assert t.packed.lanes() == 8\n"
+        "import torch; torch.cpu._is_avx512_bf16_supported = lambda: False\n"
+        "import test_native as t\n"
+        f"assert torch.backends.cpu.get_cpu_capability() == {level.upper()!r}\n"
+        f"assert t.packed.lanes() == {lanes}\n"
         "for case in t.CASES:\n"
         "    for f in t.FORMATS:\n"
         "        t.test_equals_reference(case, f)\n"
         "t.test_a_token_does_not_see_its_batch_to_the_last_bit('bfloat16')\n"
+        "t.test_dot_is_refused_where_the_processor_lacks_it()\n"
     )
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", code, str(here)],
         env={
             **os.environ,
-            "ATEN_CPU_CAPABILITY": "avx2",
+            "ATEN_CPU_CAPABILITY": level,
             "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")]),
         },
         capture_output=True,
@@ -265,7 +310,7 @@ def test_a_whole_layer_routes_and_sums_as_its_modules(T, threshold, options, dty
         for parameter in router.parameters():
             parameter.normal_(std=0.5)
     inputs = Case(T=T).inputs(dtype)
-    copy = PackedExperts(inputs.weights, packed.format_of(dtype))
+    copy = PackedExperts(inputs.weights, packed.exact_format_of(dtype))
     packed_router = packed.PackedRouter(
         router.weight,
         router.bias,

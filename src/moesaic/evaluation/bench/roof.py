@@ -16,6 +16,7 @@ import torch
 
 from moesaic.evaluation.bench.timing import measure
 from moesaic.models.checkpoint import dtype_of
+from moesaic.ops.huge_pages import in_huge_pages
 
 # Far beyond the caches, those shared between virtual machines included (260 MB on some).
 BUFFER_BYTES = 768 << 20
@@ -85,7 +86,9 @@ class Limits:
         self._matrices = {name: _matrix().to(dtype_of(name)) for name in names}
         products = {name: _product(a, a.clone()) for name, a in self._matrices.items()}
         peaks = measure(products, seconds=seconds, warmup=1, min_rounds=3)
-        self._buffer = torch.ones(max(1, buffer_bytes // (4 * _ROW)), _ROW)
+        rows = max(1, buffer_bytes // (4 * _ROW))
+        # As the packed weights lie.
+        self._buffer = in_huge_pages(torch.ones(1, 1).expand(rows, _ROW))
         self._next_row = 0
         times = measure(self._moves(), seconds=seconds, warmup=1, min_rounds=3)
         num_bytes = self._buffer.nbytes

@@ -58,10 +58,12 @@ struct Batch {
 
 struct Workspace {
   std::vector<float> qkv, heads, output, scores, neurons, low;
+  std::vector<uint32_t> rounded;
   std::vector<int64_t> runs;  // first rows of the runs of one sequence, and T
   Slots slots, all;
 
-  static float* at_least(std::vector<float>& buffer, int64_t size) {
+  template <class X>
+  static X* at_least(std::vector<X>& buffer, int64_t size) {
     if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
     return buffer.data();
   }
@@ -227,8 +229,9 @@ inline void attend(const Attention& a, const Batch& b, const float* qkv, int64_t
 inline void attention_half(const Layer& layer, const Batch& b, Workspace& work, float* h, float* x) {
   const Attention& a = layer.attention;
   float *qkv = work.qkv.data(), *heads = work.heads.data(), *output = work.output.data();
+  uint32_t* rounded = work.rounded.data();
   norm_rows(b, layer.attention_norm, layer.eps, h, x);
-  linear(a.qkv, x, b.stride, b.tokens, qkv, a.qkv.outputs, false);
+  linear(a.qkv, x, b.stride, b.tokens, rounded, qkv, a.qkv.outputs, false);
   remember(a, b, layer.eps, qkv);
   const int64_t runs = work.runs.size() - 1;
 #pragma omp for schedule(dynamic, 1)
@@ -237,10 +240,10 @@ inline void attention_half(const Layer& layer, const Batch& b, Workspace& work, 
     attend(a, b, qkv, work.runs[run], work.runs[run + 1], unit % a.kv_heads, heads);
   }
   if (layer.attention_post) {
-    linear(a.out, heads, a.out.inputs, b.tokens, output, b.stride, false);
+    linear(a.out, heads, a.out.inputs, b.tokens, rounded, output, b.stride, false);
     add_normed(b, layer.attention_post, layer.eps, output, h);
   } else {
-    linear(a.out, heads, a.out.inputs, b.tokens, h, b.stride, true);
+    linear(a.out, heads, a.out.inputs, b.tokens, rounded, h, b.stride, true);
   }
   norm_rows(b, layer.ffn_norm, layer.eps, h, x);
 }
@@ -249,19 +252,22 @@ inline void attention_half(const Layer& layer, const Batch& b, Workspace& work, 
 inline void ffn_half(const Layer& layer, const Batch& b, Workspace& work, const float* x, float* h) {
   float* out = layer.ffn_post ? work.output.data() : h;
   float* neurons = work.neurons.data();
+  uint32_t* rounded = work.rounded.data();
   bool add = !layer.ffn_post;
   if (layer.experts.experts) {
-    apply_experts(layer.experts, work.slots, x, b.stride, b.tokens, neurons, out, b.stride, add);
+    apply_experts(layer.experts, work.slots, x, b.stride, b.tokens, rounded, neurons, out,
+                  b.stride, add);
     add = true;
   }
   if (layer.shared.experts) {
-    apply_experts(layer.shared, work.all, x, b.stride, b.tokens, neurons, out, b.stride, add);
+    apply_experts(layer.shared, work.all, x, b.stride, b.tokens, rounded, neurons, out, b.stride,
+                  add);
     add = true;
   }
   if (layer.bypass_down.panels) {
     const int64_t rank = layer.bypass_down.outputs;
-    linear(layer.bypass_down, x, b.stride, b.tokens, work.low.data(), rank, false);
-    linear(layer.bypass_up, work.low.data(), rank, b.tokens, out, b.stride, add);
+    linear(layer.bypass_down, x, b.stride, b.tokens, rounded, work.low.data(), rank, false);
+    linear(layer.bypass_up, work.low.data(), rank, b.tokens, rounded, out, b.stride, add);
     add = true;
   }
   if (layer.output_bias) {
@@ -293,6 +299,11 @@ inline void prepare(const Layer& layer, const Batch& b, Workspace& work) {
   Workspace::at_least(work.qkv, b.tokens * layer.attention.qkv.outputs);
   Workspace::at_least(work.heads, b.tokens * layer.attention.out.inputs);
   Workspace::at_least(work.output, b.tokens * b.stride);
+  for (const Linear& w : {layer.attention.qkv, layer.attention.out, layer.router.scores,
+                          layer.bypass_down, layer.bypass_up})
+    Workspace::at_least(work.rounded, scratch_words(w.format, b.tokens, w.inputs));
+  for (const Experts& e : {layer.experts, layer.shared})
+    Workspace::at_least(work.rounded, scratch_words(e.format, b.tokens, e.inputs));
   if (layer.router.scores.panels)
     Workspace::at_least(work.scores, b.tokens * layer.router.scores.outputs);
 }
@@ -301,7 +312,7 @@ inline void prepare(const Layer& layer, const Batch& b, Workspace& work) {
 inline void whole_layer(const Layer& layer, const Batch& b, Workspace& work, float* h, float* x) {
   attention_half(layer, b, work, h, x);
   if (layer.router.scores.panels)
-    linear(layer.router.scores, x, b.stride, b.tokens, work.scores.data(),
+    linear(layer.router.scores, x, b.stride, b.tokens, work.rounded.data(), work.scores.data(),
            layer.router.scores.outputs, false);
 #pragma omp single
   {

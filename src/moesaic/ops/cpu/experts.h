@@ -50,13 +50,72 @@ struct Router {
   int64_t normalize;
 };
 
-enum Format { FLOAT32, BFLOAT16, INT8 };
+// The order is that of `_FORMATS` in packed.py.
+enum Format { FLOAT32, BFLOAT16, INT8, BFLOAT16_DOT };
 
 template <class F>
 inline void with_format(int64_t format, F f) {
   if (format == FLOAT32) f(Float32{});
   else if (format == BFLOAT16) f(BFloat16{});
+#ifdef __AVX512BF16__
+  else if (format == BFLOAT16_DOT) f(BFloat16Dot{});
+#endif
   else f(Int8{});
+}
+
+// Rows as a format multiplies them: floats where they are, or a copy in bfloat16.
+template <class W>
+struct Rows {
+  const typename W::Input* first;
+  int64_t stride;
+  const typename W::Input* operator[](int64_t t) const { return first + t * stride; }
+};
+
+// Words of a row in bfloat16. Rows a multiple of 1024 bytes apart would compete for few places of
+// the cache.
+inline int64_t rounded_words(int64_t inputs) {
+  const int64_t words = (inputs + 1) / 2;
+  return words % 256 ? words : words + 16;
+}
+
+// Words of scratch that rows of a format's inputs need.
+inline int64_t scratch_words(int64_t format, int64_t T, int64_t inputs) {
+  return format == BFLOAT16_DOT ? T * rounded_words(inputs) : 0;
+}
+
+// Puts a register of floats, as a format multiplies it, at a column of a row.
+template <class W>
+inline void put(typename W::Input* row, int64_t column, V v) {
+  if constexpr (rounds<W>) {
+    const __m256bh half = _mm512_cvtneps_pbh(bits<__m512>(v));
+    std::memcpy(row + column / 2, &half, sizeof half);
+  } else {
+    store(row + column, v);
+  }
+}
+
+// Called by all threads. `scratch` has as many words as scratch_words says.
+template <class W>
+inline Rows<W> rows_of(const float* x, int64_t stride, int64_t T, int64_t inputs,
+                       uint32_t* scratch) {
+  if constexpr (rounds<W>) {
+    const int64_t words = rounded_words(inputs);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < T; ++t) {
+      const float* from = x + t * stride;
+      int64_t i = 0;
+      for (; i + LANES <= inputs; i += LANES) put<W>(scratch + t * words, i, load(from + i));
+      if (i == inputs) continue;
+      V rest{};
+      std::memcpy(&rest, from + i, (inputs - i) * sizeof(float));
+      uint32_t last[LANES / 2];
+      put<W>(last, 0, rest);
+      std::copy_n(last, (inputs - i + 1) / 2, scratch + t * words + i / 2);
+    }
+    return {scratch, words};
+  } else {
+    return {x, stride};
+  }
 }
 
 inline V scaled(V sum, const float* scale, const float* bias, int64_t at) {
@@ -80,22 +139,23 @@ inline void share(int64_t units, int64_t rows, F f) {
   }
 }
 
-// out_TO = x_TI W^T + bias, or added to out.
-inline void linear(const Linear& w, const float* x, int64_t stride, int64_t T, float* out,
-                   int64_t out_stride, bool add) {
+// out_TO = x_TI W^T + bias, or added to out. `scratch` as in rows_of.
+inline void linear(const Linear& w, const float* x, int64_t stride, int64_t T, uint32_t* scratch,
+                   float* out, int64_t out_stride, bool add) {
   const int64_t panels = w.outputs / WIDE;
   with_format(w.format, [&](auto format) {
     using W = decltype(format);
+    const Rows<W> inputs = rows_of<W>(x, stride, T, w.inputs, scratch);
+    const int64_t steps = steps_of<W>(w.inputs), size = steps * W::bytes;
     share(panels, T, [&](int64_t p) {
-      const char* panel = w.panels + p * w.inputs * W::bytes;
-      const char* next = panel + w.inputs * W::bytes;
-      in_passes<W>(T, panel, next, w.inputs, [&](int64_t first, int rows, Fetch fetch) {
+      const char* panel = w.panels + p * size;
+      in_passes<W>(T, panel, panel + size, steps, [&](int64_t first, int rows, Fetch fetch) {
         with_rows(rows, [&](auto count) {
           constexpr int M = decltype(count)::value;
-          const float* a[M];
+          const typename W::Input* a[M];
           V lo[M], hi[M];
-          for (int m = 0; m < M; ++m) a[m] = x + (first + m) * stride;
-          multiply<W, M>(a, panel, w.inputs, fetch, lo, hi);
+          for (int m = 0; m < M; ++m) a[m] = inputs[first + m];
+          multiply<W, M>(a, panel, steps, fetch, lo, hi);
           for (int m = 0; m < M; ++m) {
             float* y = out + (first + m) * out_stride + p * WIDE;
             lo[m] = scaled(lo[m], w.scale, w.bias, p * WIDE);
@@ -199,38 +259,46 @@ struct Slots {
 };
 
 // out_TD = sum over slots of weight * down(act(gate x) * (up x)), or added to out.
-// `neurons` holds [N, F]. Experts are added in ascending order.
+// `neurons` has room for [N, F] floats, `scratch` as in rows_of. Experts are added in ascending
+// order.
 inline void apply_experts(const Experts& e, const Slots& slots, const float* x, int64_t stride,
-                          int64_t T, float* neurons, float* out, int64_t out_stride, bool add) {
+                          int64_t T, uint32_t* scratch, float* neurons, float* out,
+                          int64_t out_stride, bool add) {
   const int64_t F = e.width, per_panel = e.gated ? LANES : WIDE;
   const int64_t up_panels = F / per_panel, tiles = e.outputs / WIDE;
   with_format(e.format, [&](auto format) {
     using W = decltype(format);
+    using Input = typename W::Input;
     const int64_t used = slots.used.size();
+    const Rows<W> inputs = rows_of<W>(x, stride, T, e.inputs, scratch);
+    Input* middle = reinterpret_cast<Input*>(neurons);
+    const int64_t middle_stride = rounds<W> ? rounded_words(F) : F;
+    const int64_t up_steps = steps_of<W>(e.inputs), up_size = up_steps * W::bytes;
+    const int64_t down_steps = steps_of<W>(F), down_size = down_steps * W::bytes;
     share(used * up_panels, T, [&](int64_t unit) {
       const int64_t expert = slots.used[unit / up_panels], p = unit % up_panels;
       const int64_t begin = slots.begin[expert], n = slots.begin[expert + 1] - begin;
       const int64_t index = expert * up_panels + p;
-      const char* panel = e.up + index * e.inputs * W::bytes;
-      const char* next = panel + e.inputs * W::bytes;
-      in_passes<W>(n, panel, next, e.inputs, [&](int64_t first, int rows, Fetch fetch) {
+      const char* panel = e.up + index * up_size;
+      in_passes<W>(n, panel, panel + up_size, up_steps, [&](int64_t first, int rows, Fetch fetch) {
         with_rows(rows, [&](auto count) {
           constexpr int M = decltype(count)::value;
-          const float* a[M];
+          const Input* a[M];
           V lo[M], hi[M];
-          for (int m = 0; m < M; ++m) a[m] = x + slots.token[begin + first + m] * stride;
-          multiply<W, M>(a, panel, e.inputs, fetch, lo, hi);
+          for (int m = 0; m < M; ++m) a[m] = inputs[slots.token[begin + first + m]];
+          multiply<W, M>(a, panel, up_steps, fetch, lo, hi);
           for (int m = 0; m < M; ++m) {
             const int64_t slot = begin + first + m;
-            float* y = neurons + slot * F + p * per_panel;
+            Input* y = middle + slot * middle_stride;
             lo[m] = scaled(lo[m], e.up_scale, e.up_bias, index * WIDE);
             hi[m] = scaled(hi[m], e.up_scale, e.up_bias, index * WIDE + LANES);
             const V act = activate(e.activation, lo[m]) * slots.weight[slot];
             if (e.gated) {
-              store(y, act * hi[m]);
+              put<W>(y, p * per_panel, act * hi[m]);
             } else {
-              store(y, act);
-              store(y + LANES, activate(e.activation, hi[m]) * slots.weight[slot]);
+              put<W>(y, p * per_panel, act);
+              put<W>(y, p * per_panel + LANES,
+                     activate(e.activation, hi[m]) * slots.weight[slot]);
             }
           }
         });
@@ -248,15 +316,15 @@ inline void apply_experts(const Experts& e, const Slots& slots, const float* x, 
       for (const int64_t expert : slots.used) {
         const int64_t begin = slots.begin[expert], n = slots.begin[expert + 1] - begin;
         for (int64_t tile = first_tile; tile < last_tile; ++tile) {
-          const char* panel = e.down + (expert * tiles + tile) * F * W::bytes;
-          const char* next = panel + F * W::bytes;
-          in_passes<W>(n, panel, next, F, [&](int64_t first, int rows, Fetch fetch) {
+          const char* panel = e.down + (expert * tiles + tile) * down_size;
+          const char* next = panel + down_size;
+          in_passes<W>(n, panel, next, down_steps, [&](int64_t first, int rows, Fetch fetch) {
             with_rows(rows, [&](auto count) {
               constexpr int M = decltype(count)::value;
-              const float* a[M];
+              const Input* a[M];
               V lo[M], hi[M];
-              for (int m = 0; m < M; ++m) a[m] = neurons + (begin + first + m) * F;
-              multiply<W, M>(a, panel, F, fetch, lo, hi);
+              for (int m = 0; m < M; ++m) a[m] = middle + (begin + first + m) * middle_stride;
+              multiply<W, M>(a, panel, down_steps, fetch, lo, hi);
               const int64_t at = expert * e.outputs + tile * WIDE;
               for (int m = 0; m < M; ++m) {
                 const int64_t slot = begin + first + m;

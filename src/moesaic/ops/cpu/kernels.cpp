@@ -32,6 +32,15 @@ extern "C" {
 
 int moesaic_lanes() { return LANES; }
 
+// Whether bfloat16 can be multiplied with bfloat16.
+int moesaic_has_dot() {
+#ifdef __AVX512BF16__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // Threads of the calls that follow. Torch may bring an OpenMP of its own, with its own number.
 void moesaic_threads(int count) { omp_set_num_threads(count); }
 
@@ -41,12 +50,14 @@ int moesaic_experts(const Experts* e, const float* x, const int64_t* ids, const 
   return guarded([&] {
     Slots slots;
     std::vector<float> neurons;
+    std::vector<uint32_t> words;
     for (int64_t first = 0; first < T; first += MAX_TOKENS) {
       const int64_t tokens = std::min(MAX_TOKENS, T - first);
       slots.sort(ids + first * K, weights + first * K, tokens, K, e->experts);
-      float* scratch = Workspace::at_least(neurons, slots.count() * e->width);
+      Workspace::at_least(neurons, slots.count() * e->width);
+      uint32_t* scratch = Workspace::at_least(words, scratch_words(e->format, tokens, e->inputs));
 #pragma omp parallel
-      apply_experts(*e, slots, x + first * e->inputs, e->inputs, tokens, scratch,
+      apply_experts(*e, slots, x + first * e->inputs, e->inputs, tokens, scratch, neurons.data(),
                     out + first * e->outputs, e->outputs, false);
     }
   });
@@ -57,20 +68,24 @@ int moesaic_layer(const Router* router, const Experts* e, const float* x, int64_
   return guarded([&] {
     Slots slots;
     std::vector<float> neurons, scores;
+    std::vector<uint32_t> words;
     for (int64_t first = 0; first < T; first += MAX_TOKENS) {
       const int64_t tokens = std::min(MAX_TOKENS, T - first);
       const float* h = x + first * e->inputs;
       Workspace::at_least(scores, tokens * router->scores.outputs);
+      Workspace::at_least(words, scratch_words(router->scores.format, tokens, e->inputs));
+      Workspace::at_least(words, scratch_words(e->format, tokens, e->inputs));
 #pragma omp parallel
       {
-        linear(router->scores, h, e->inputs, tokens, scores.data(), router->scores.outputs, false);
+        linear(router->scores, h, e->inputs, tokens, words.data(), scores.data(),
+               router->scores.outputs, false);
 #pragma omp single
         {
           slots.decide(*router, nullptr, scores.data(), tokens, e->experts);
           Workspace::at_least(neurons, slots.count() * e->width);
         }
-        apply_experts(*e, slots, h, e->inputs, tokens, neurons.data(), out + first * e->outputs,
-                      e->outputs, false);
+        apply_experts(*e, slots, h, e->inputs, tokens, words.data(), neurons.data(),
+                      out + first * e->outputs, e->outputs, false);
       }
     }
   });
@@ -78,9 +93,11 @@ int moesaic_layer(const Router* router, const Experts* e, const float* x, int64_
 
 // x [T, inputs], out [T, outputs].
 int moesaic_linear(const Linear* w, const float* x, int64_t T, float* out) {
+  return guarded([&] {
+    std::vector<uint32_t> scratch(scratch_words(w->format, T, w->inputs));
 #pragma omp parallel
-  linear(*w, x, w->inputs, T, out, w->outputs, false);
-  return 0;
+    linear(*w, x, w->inputs, T, scratch.data(), out, w->outputs, false);
+  });
 }
 
 // h [T, stride] in and out, x [T, stride] scratch. Every layer's router is native. `used` is null
@@ -133,8 +150,9 @@ int moesaic_head(const Linear* w, const float* norm, double eps, const float* h,
     std::vector<float> x(count * w->inputs);
     for (int64_t i = 0; i < count; ++i)
       rms_norm(h + rows[i] * stride, norm, eps, w->inputs, &x[i * w->inputs]);
+    std::vector<uint32_t> scratch(scratch_words(w->format, count, w->inputs));
 #pragma omp parallel
-    linear(*w, x.data(), w->inputs, count, out, w->outputs, false);
+    linear(*w, x.data(), w->inputs, count, scratch.data(), out, w->outputs, false);
   });
 }
 }

@@ -1,9 +1,10 @@
 """Compile the native code for this machine, once, and load it.
 
 The code is a few header files without dependencies, so compiling them where they run takes seconds
-and needs no wheel per machine. What it may use (AVX-512 or AVX2) is what torch detected; a cache
-shared by several machines therefore keeps one library for each kind. It runs on as many OpenMP
-threads as torch, those of torch itself where torch brings the plain GNU library.
+and needs no wheel per machine. What it may use (AVX-512, with products of bfloat16 or without, or
+AVX2) is what torch detected; a cache shared by several machines therefore keeps one library for
+each kind. It runs on as many OpenMP threads as torch, those of torch itself where torch brings the
+plain GNU library.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ _FLAGS = (
     # See `fused` in panels.h.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
-# By the names that torch gives them.
+# What is used beyond torch's name of the processor's level, and the flags of each level.
 _LEVELS = {
+    "AVX512-BF16": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx512bf16"),
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
     "AVX2": ("-mavx2", "-mfma"),
 }
@@ -43,7 +45,7 @@ _LEVELS = {
 
 def why_not() -> str:
     """Why this machine cannot run the native code, in one clause; empty when it can."""
-    level = torch.backends.cpu.get_cpu_capability()
+    level = _level()
     if platform.system() != "Linux" or level not in _LEVELS:
         return (
             f"native kernels need Linux on x86 with AVX2, and this is {platform.machine()} {level}"
@@ -57,7 +59,7 @@ def why_not() -> str:
 
 def state() -> str:
     """What the native code is on this machine, in a few words."""
-    level = torch.backends.cpu.get_cpu_capability()
+    level = _level()
     if reason := why_not():
         return f"none: {reason}"
     if _path(level).is_file():
@@ -75,7 +77,7 @@ def library() -> ctypes.CDLL:
     reason = why_not()
     if reason:
         raise RunError(f"{reason}; without them experts run in plain torch")
-    level = torch.backends.cpu.get_cpu_capability()
+    level = _level()
     path = _path(level)
     if not path.is_file():
         try:
@@ -87,6 +89,7 @@ def library() -> ctypes.CDLL:
             ) from error
     loaded = ctypes.CDLL(str(path))
     loaded.moesaic_lanes.argtypes = []
+    loaded.moesaic_has_dot.argtypes = []
     loaded.moesaic_threads.argtypes = [ctypes.c_int]
     for name, arguments in SIGNATURES.items():
         getattr(loaded, name).argtypes = arguments
@@ -103,6 +106,13 @@ def call(name: str, *arguments: object) -> None:
     native.moesaic_threads(torch.get_num_threads())
     if getattr(native, name)(*arguments):
         raise MemoryError(f"{name} ran out of memory; use fewer tokens at a time")
+
+
+def _level() -> str:
+    level = str(torch.backends.cpu.get_cpu_capability())
+    if level == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+        return "AVX512-BF16"
+    return level
 
 
 def _compiler() -> list[str]:

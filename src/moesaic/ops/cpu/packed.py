@@ -19,11 +19,15 @@ from torch import Tensor
 
 from moesaic._errors import InputError
 from moesaic.ops.cpu import library, structs
+from moesaic.ops.huge_pages import in_huge_pages
 from moesaic.ops.weights import ExpertWeights
 
-Format = Literal["float32", "bfloat16", "int8"]
+# What the weights are. They multiply float32, but `bfloat16-dot` rounds what it multiplies too, as
+# torch does in bfloat16.
+Format = Literal["float32", "bfloat16", "int8", "bfloat16-dot"]
 
-_FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "int8")
+# In the order of the enum in experts.h.
+_FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "int8", "bfloat16-dot")
 # In the order of the enum in activations.h.
 _ACTIVATIONS = {
     "silu": 0,
@@ -44,7 +48,13 @@ def supports(weights: ExpertWeights) -> bool:
 
 
 def format_of(dtype: torch.dtype) -> Format:
-    """The format that holds a dtype's values exactly; float16 and float64 go to float32."""
+    """The fastest format that is as exact as a model of a dtype is in torch."""
+    exact = exact_format_of(dtype)
+    return "bfloat16-dot" if exact == "bfloat16" and has_dot() else exact
+
+
+def exact_format_of(dtype: torch.dtype) -> Format:
+    """The format that rounds nothing but float64; float16 goes to float32."""
     return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
@@ -197,8 +207,8 @@ class PackedRouter:
         value_one: bool,
         normalize: bool,
     ) -> None:
-        # The format that is exact: scores decide.
-        self._scores = PackedLinear(weight_ED, bias_E, format_of(weight_ED.dtype))
+        # Scores decide, so nothing is rounded.
+        self._scores = PackedLinear(weight_ED, bias_E, exact_format_of(weight_ED.dtype))
         self.struct = structs.Router(
             scores=self._scores.struct,
             threshold=threshold,
@@ -241,6 +251,11 @@ def lanes() -> int:
     return int(library.library().moesaic_lanes())
 
 
+def has_dot() -> bool:
+    """Whether this machine multiplies bfloat16 with bfloat16, so that `bfloat16-dot` exists."""
+    return bool(library.library().moesaic_has_dot())
+
+
 def _versions(weights: ExpertWeights) -> list[tuple[int, int]]:
     tensors = (weights.up, weights.down, weights.up_bias, weights.down_bias)
     return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors if x is not None]
@@ -273,12 +288,21 @@ def _pack(rows_PRI: Tensor, weight_format: Format) -> tuple[Tensor, Tensor | Non
     """Store panels input by input; gives them and, for int8, the scale of every row."""
     rows_PRI = rows_PRI.detach()
     if weight_format == "float32":
-        return rows_PRI.float().transpose(1, 2).contiguous(), None
+        return in_huge_pages(rows_PRI.float().transpose(1, 2)), None
     if weight_format == "bfloat16":
         # Words of 32 bits: the lower half belongs to the first L rows, the upper to the others.
         halves = rows_PRI.bfloat16().unflatten(1, (2, -1))
-        return halves.permute(0, 3, 2, 1).contiguous(), None
+        return in_huge_pages(halves.permute(0, 3, 2, 1)), None
+    if weight_format == "bfloat16-dot":
+        if not has_dot():
+            raise InputError(
+                "weight_format bfloat16-dot needs a processor with AVX512-BF16, which this one "
+                "lacks; use bfloat16"
+            )
+        # Words of 32 bits hold two neighbouring inputs.
+        pairs = _pad(rows_PRI.bfloat16(), 2, 2).unflatten(2, (-1, 2))
+        return in_huge_pages(pairs.permute(0, 2, 1, 3)), None
     wide_PRI = rows_PRI.float()
     scale_PR = wide_PRI.abs().amax(2).clamp(min=1e-30) / 127
     whole_PRI = (wide_PRI / scale_PR.unsqueeze(2)).round().to(torch.int8)
-    return whole_PRI.transpose(1, 2).contiguous(), scale_PR.contiguous()
+    return in_huge_pages(whole_PRI.transpose(1, 2)), scale_PR.contiguous()
