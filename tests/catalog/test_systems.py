@@ -86,15 +86,13 @@ def test_part_of_unknown_family_names_the_nearest():
         catalog.method("rooter:top-p")
 
 
-def test_catalog_loads_without_torch_and_quickly():
+def test_catalog_loads_little_beside_its_rows():
     code = (
-        "import sys, moesaic._registry, time; start = time.perf_counter(); "
-        "import moesaic.catalog; took = time.perf_counter() - start; "
-        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules); "
-        "assert not heavy, heavy; print(took)"
+        "import sys, moesaic._registry; before = set(sys.modules); import moesaic.catalog; "
+        "print(*set(sys.modules) - before)"
     )
-    took_s = min(
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
-        for _ in range(3)
-    )
-    assert took_s < 0.05
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    loaded = run.stdout.split()
+    assert "moesaic.catalog.rows.layers" in loaded
+    # Nothing heavy, so it takes milliseconds: tables of data and the records in them.
+    assert [name for name in loaded if not name.startswith("moesaic.")] == []

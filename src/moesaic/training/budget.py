@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from moesaic._errors import InputError
 from moesaic.models.ffn import dense_ffn_width
 from moesaic.nn.layer import moe_layers, record_routing
+from moesaic.nn.operating_point import threshold_routers
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 from moesaic.nn.routing import Routing
 from moesaic.nn.shape import LayerShape, layer_shapes
@@ -71,15 +72,14 @@ def sigmoid_routers(model: nn.Module) -> list[SigmoidThreshold]:
     Raises:
         InputError: If a layer has another router, or none.
     """
-    routers = []
+    routers = threshold_routers(model)
     for index, layer in enumerate(moe_layers(model)):
-        if not isinstance(layer.router, SigmoidThreshold):
+        if layer.router not in routers:
             kind = layer.config.router if layer.router is not None else "no router"
             raise InputError(
                 f"a budget needs sigmoid routers in every layer, layer {index} has {kind}; set "
                 "active to 0"
             )
-        routers.append(layer.router)
     return routers
 
 
