@@ -59,6 +59,13 @@ _KINDS = {
         "model_bench_cost",
         "a whole model, the reading of a prompt",
     ),
+    "gguf": _Kind(
+        "gguf",
+        "GgufConfig",
+        "bench_gguf",
+        "gguf_bench_cost",
+        "a mosaic and its dense parent as GGUF files in llama.cpp: decoding and a prompt",
+    ),
     "train": _Kind(
         "train",
         "TrainBenchConfig",
@@ -153,7 +160,7 @@ def _print(result: dict[str, Any]) -> None:
         )
     console.print(line)
     for cell in result["cells"]:
-        console.print(_training_table(cell) if roof is None else _roof_table(cell))
+        console.print(_TABLES.get(result["kind"], _roof_table)(cell))
 
 
 def _roof_table(cell: dict[str, Any]) -> Table:
@@ -213,3 +220,21 @@ def _times(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['low_ms']:.3g} - {row['high_ms']:.3g}",
         f"{row['faster_than_dense']:.2f}",
     )
+
+
+def _file_table(cell: dict[str, Any]) -> Table:
+    table = Table(
+        *("method", "median ms", "quartiles", "times faster than dense", "tokens/s"),
+        title=(
+            f"{cell['shape']} {cell['weights']}, {cell['test']} of {cell['tokens']} tokens, "
+            f"{cell['experts']} experts, {cell['active']:.3g} active"
+        ),
+        box=None,
+        title_justify="left",
+    )
+    for row in cell["rows"]:
+        table.add_row(*_times(row), f"{row['tokens_per_s']:.3g}")
+    return table
+
+
+_TABLES = {"bench train": _training_table, "bench gguf": _file_table}

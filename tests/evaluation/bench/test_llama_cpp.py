@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moesaic._errors import RunError
 from moesaic.evaluation.bench import llama_cpp
-from moesaic.evaluation.bench.llama_cpp import around, bench, find, read_seconds, why_not
+from moesaic.evaluation.bench.llama_cpp import around, bench, find, read_tests, run_tests, why_not
 
 # Of `llama-bench -r 3 -o json -n 0 -p 0 -pg 8,16`, some fields left out.
 RECORDED = """[
@@ -20,6 +20,7 @@ RECORDED = """[
     "backends": "CPU",
     "model_type": "llama ?B (guessed) BF16",
     "model_size": 378112,
+    "model_n_params": 189056,
     "n_threads": 1,
     "n_prompt": 8,
     "n_gen": 16,
@@ -144,13 +145,16 @@ def test_tied_head_is_written_once(tmp_path):
 
 
 def test_recorded_output():
-    assert read_seconds(RECORDED, 8, 16) == pytest.approx([1460126e-9, 1447414e-9, 5369094e-9])
-    with pytest.raises(RunError, match=r"timed 8 and 16 tokens in 3 repeats instead of 8 and 32"):
-        read_seconds(RECORDED, 8, 32)
-    two = json.dumps(json.loads(RECORDED) * 2)
-    for text in ("", "[]", "[{}]", "{}", two, "error: no model"):
-        with pytest.raises(RunError, match="no JSON with one test"):
-            read_seconds(text, 8, 16)
+    found = read_tests(RECORDED, [(8, 16)])
+    assert found.num_parameters == 189056
+    assert found.seconds == {(8, 16): pytest.approx([1460126e-9, 1447414e-9, 5369094e-9])}
+    with pytest.raises(RunError, match=r"timed 8 \+ 16 tokens 3 times instead of 8 \+ 32; use"):
+        read_tests(RECORDED, [(8, 32)])
+    with pytest.raises(RunError, match=r"instead of 8 \+ 16, 0 \+ 4; use a newer llama.cpp"):
+        read_tests(RECORDED, [(8, 16), (0, 4)])
+    for text in ("", "[]", "[{}]", "{}", "error: no model"):
+        with pytest.raises(RunError, match="no JSON of its tests"):
+            read_tests(text, [(8, 16)])
 
 
 def test_command(program, tmp_path):
@@ -163,7 +167,15 @@ def test_command(program, tmp_path):
     prompt = RECORDED.replace('"n_prompt": 8', '"n_prompt": 512').replace('gen": 16', 'gen": 0')
     path, log = program(says(prompt))
     assert len(bench(path, tmp_path / "m.gguf", 512, 0)) == 3
-    assert log.read_text().endswith("-n 0 -p 512\n")
+    assert log.read_text().endswith("-n 0 -p 0 -pg 512,0\n")
+    both = json.dumps(json.loads(RECORDED) + json.loads(prompt))
+    path, log = program(says(both))
+    found = run_tests(path, tmp_path / "m.gguf", [(8, 16), (512, 0)], repeats=2)
+    assert {sizes: len(seconds) for sizes, seconds in found.seconds.items()} == {
+        (8, 16): 3,
+        (512, 0): 3,
+    }
+    assert log.read_text().endswith("-r 2 -o json -n 0 -p 0 -pg 8,16 -pg 512,0\n")
 
 
 def test_a_failing_program_says_why(program, tmp_path):

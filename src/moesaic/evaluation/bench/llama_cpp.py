@@ -16,9 +16,9 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -215,14 +215,41 @@ def bench(program: Path, file: Path, prompt_tokens: int, new_tokens: int) -> lis
     Raises:
         RunError: If it fails, does not end, or says something else than its JSON.
     """
+    sizes = (prompt_tokens, new_tokens)
+    return run_tests(program, file, [sizes], repeats=_REPEATS).seconds[sizes]
+
+
+class Tests(NamedTuple):
+    """What `llama-bench` says of a file.
+
+    Attributes:
+        num_parameters: That it read.
+        seconds: Of every repeat, by the tokens of the prompt and those decoded after it.
+    """
+
+    num_parameters: int
+    seconds: dict[tuple[int, int], list[float]]
+
+
+def run_tests(
+    program: Path, file: Path, tests: Sequence[tuple[int, int]], *, repeats: int
+) -> Tests:
+    """Run `llama-bench` with torch's number of threads.
+
+    Args:
+        program: It.
+        file: The model.
+        tests: Tokens of the prompt, and tokens decoded after it, of each test.
+        repeats: Of each test.
+
+    Raises:
+        RunError: If it fails, does not end, or says something else than its JSON.
+    """
     command = [str(program), "-m", str(file), "-t", str(torch.get_num_threads())]
     # On the processor, as the others, whatever else it was built for.
-    command += ["-dev", "none", "-r", str(_REPEATS), "-o", "json", "-n", "0"]
-    # Like the other methods, decoding includes the reading of the prompt.
-    if new_tokens:
-        command += ["-p", "0", "-pg", f"{prompt_tokens},{new_tokens}"]
-    else:
-        command += ["-p", str(prompt_tokens)]
+    command += ["-dev", "none", "-r", str(repeats), "-o", "json", "-n", "0", "-p", "0"]
+    for prompt_tokens, new_tokens in tests:
+        command += ["-pg", f"{prompt_tokens},{new_tokens}"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except (subprocess.TimeoutExpired, OSError) as error:
@@ -230,24 +257,26 @@ def bench(program: Path, file: Path, prompt_tokens: int, new_tokens: int) -> lis
     if run.returncode:
         last = (run.stderr.strip().splitlines() or ["no message"])[-1]
         raise RunError(f"llama-bench failed with code {run.returncode}: {last}")
-    return read_seconds(run.stdout, prompt_tokens, new_tokens)
+    return read_tests(run.stdout, tests)
 
 
-def read_seconds(text: str, prompt_tokens: int, new_tokens: int) -> list[float]:
-    """Read the seconds of every repeat from the JSON of `llama-bench`.
+def read_tests(text: str, tests: Sequence[tuple[int, int]]) -> Tests:
+    """Read the JSON of `llama-bench`.
 
     Raises:
-        RunError: If it is not about exactly one test, of this prompt and these new tokens.
+        RunError: If it is not about exactly these tests.
     """
     try:
-        (test,) = json.loads(text)
-        found = (test["n_prompt"], test["n_gen"])
-        seconds = [1e-9 * value for value in test["samples_ns"]]
+        results = json.loads(text)
+        seconds = {
+            (each["n_prompt"], each["n_gen"]): [1e-9 * value for value in each["samples_ns"]]
+            for each in results
+        }
+        (num_parameters,) = {each["model_n_params"] for each in results}
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError("llama-bench gave no JSON with one test; use a newer llama.cpp") from error
-    if found != (prompt_tokens, new_tokens) or not seconds:
-        raise RunError(
-            f"llama-bench timed {found[0]} and {found[1]} tokens in {len(seconds)} repeats instead "
-            f"of {prompt_tokens} and {new_tokens}; use a newer llama.cpp"
-        )
-    return seconds
+        raise RunError("llama-bench gave no JSON of its tests; use a newer llama.cpp") from error
+    if set(seconds) != set(tests) or not all(seconds.values()):
+        timed = ", ".join(f"{p} + {n} tokens {len(s)} times" for (p, n), s in seconds.items())
+        wanted = ", ".join(f"{p} + {n}" for p, n in tests)
+        raise RunError(f"llama-bench timed {timed} instead of {wanted}; use a newer llama.cpp")
+    return Tests(num_parameters, seconds)
