@@ -62,6 +62,8 @@ def read(decoder, ids_T, slot=0, start=0):
 @pytest.mark.parametrize("case", NATIVE, ids=str)
 def test_logits_and_text_are_those_of_transformers(case):
     model = with_drawn_norms(dense_model(case))
+    # In some versions the other implementations leave out the cap of Gemma 2's scores.
+    model.set_attn_implementation("eager")
     engine = Engine(model, length=64)
     torch.testing.assert_close(
         read(engine.decoder, PROMPT), logits_of(model, PROMPT), rtol=1e-4, atol=1e-4
