@@ -20,8 +20,9 @@ from moesaic.nn.routing import Routing
 Gate = Literal["softmax", "sigmoid"]
 # Tokens that are looked at to tell the kind of gate.
 _SAMPLE = 256
-# Two readings closer than this, in nats, are one.
-_APART = 0.005
+# Two readings closer than this, in nats, are one; a right one misses by rounding alone, which in
+# bfloat16 is a few thousandths.
+_APART, _MISS = 0.005, 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ def gate_of(decision: Decision, num_experts: int) -> Gate | None:
         "sigmoid": misfit(nnf.logsigmoid(scores_TE)),
     }
     best, other = sorted(misfits, key=lambda gate: misfits[gate])
-    clear = misfits[other] > _APART and misfits[best] < misfits[other] / 4
+    clear = misfits[other] > _APART and misfits[best] < min(_MISS, misfits[other] / 4)
     return best if clear else None
 
 
