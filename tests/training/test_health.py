@@ -16,7 +16,7 @@ from health_cases import (
     routers,
     text,
 )
-from torch import nn
+from torch import distributed, nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from moesaic._errors import InputError
@@ -130,6 +130,26 @@ def test_evaluation_and_passes_without_gradient_count_nothing(tmp_path):
         model(**batch)
         assert health.end_step()
     assert [line["tokens"] for line in lines_of(tmp_path)] == [12]
+
+
+def test_the_tokens_of_all_processes_are_added(tmp_path, monkeypatch):
+    model = build("Mixtral")
+    batch = {"input_ids": torch.arange(1, 13).reshape(1, 12)}
+    with HealthMonitor(model, tmp_path / "one" / "health.jsonl") as health:
+        model(**batch)
+        health.end_step()
+    # A second process that saw the same text.
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+    with HealthMonitor(model, tmp_path / "two" / "health.jsonl") as health:
+        model(**batch)
+        health.end_step()
+    (one,), (two,) = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
+    assert two["tokens"] == 2 * one["tokens"]
+    for alone, both in zip(one["layers"], two["layers"], strict=True):
+        assert both["counts"] == [2 * count for count in alone["counts"]]
+        assert both["entropy"] == pytest.approx(alone["entropy"])
 
 
 def test_the_inner_model_may_be_called_alone(tmp_path):

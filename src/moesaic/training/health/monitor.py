@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +18,13 @@ from moesaic.training.health.history import History, layers_of
 from moesaic.training.health.watch import LayerSums, Watch
 
 _LOGGER = logging.getLogger(__name__)
+# Of a measure of all layers, the number for a log.
+_WORST: dict[str, Callable[[list[float]], float]] = {
+    "load": max,
+    "dead": sum,
+    "entropy": min,
+    "saturation": max,
+}
 
 
 class HealthMonitor:
@@ -149,15 +156,14 @@ class HealthMonitor:
 
     def _scalars(self, layers: list[LayerSums]) -> dict[str, float]:
         _, window = self._window()
-        values = {
+        values: dict[str, list[float | None]] = {
             "load": [load(layer.counts) for layer in layers],
             "dead": [float(len(dead(layer.counts, self.config))) for layer in window],
             "entropy": [layer.entropy for layer in layers],
             "saturation": [layer.saturation for layer in layers],
         }
-        worst = {"load": max, "dead": sum, "entropy": min, "saturation": max}
         scalars = {
-            f"experts/{name}": float(worst[name](known))
+            f"experts/{name}": _WORST[name](known)
             for name, each in values.items()
             if (known := [value for value in each if value is not None])
         }

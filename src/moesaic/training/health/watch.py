@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from moesaic._errors import InputError
 from moesaic.training.health.reading import (
@@ -281,8 +282,6 @@ def _outer(model: nn.Module, routers: list[nn.Module]) -> nn.Module:
     It is the innermost whole model of transformers that holds them, because some trainers call
     that one and not the model around it.
     """
-    from transformers import PreTrainedModel
-
     wanted = set(map(id, routers))
     outer = model
     for module in model.modules():
