@@ -5,7 +5,8 @@ A page asks for them with a comment on a line of its own:
 `<!-- systems -->` lists the published systems, `<!-- architectures -->` the decoders that can be
 converted, `<!-- commands -->` the commands, `<!-- speeds -->` the committed speeds of networks and
 `<!-- comparison -->` the committed comparison of methods; `<!-- evidence -->` shows the committed
-results of working systems and `<!-- dsmoe -->` the tables of the one for DSMoE.
+results of working systems and `<!-- dsmoe -->` the tables of the one for DSMoE; `<!-- choices -->`
+says of each working system when to use it. Every working system also has a page of its own.
 """
 
 from __future__ import annotations
@@ -13,20 +14,40 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from markup import paper as _paper
+from markup import record as _record
+from markup import rows as _rows
+from system_pages import add_pages, choices, page_of
 
 from moesaic import catalog
 
 _METHODS = re.compile(r"^<!-- methods: ([a-z-]+) -->$", re.MULTILINE)
 _LIST = re.compile(
-    r"^<!-- (systems|architectures|commands|speeds|comparison|evidence|dsmoe) -->$", re.MULTILINE
+    r"^<!-- (systems|architectures|commands|speeds|comparison|evidence|dsmoe|choices) -->$",
+    re.MULTILINE,
 )
 # How far from the physical limit a network may be at most, by tokens in a call, at the shapes whose
 # weights no cache holds: what we ask of ourselves.
 BOUND = {1: 1.3, 4: 1.6, 8: 1.6, 64: 1.6, 512: 1.2, 2048: 1.2}
 _PACKAGE = Path(catalog.__file__).resolve().parents[1]
+
+
+def on_config(config: Any) -> Any:
+    """Name the pages of systems in the navigation, behind their list."""
+    for entry in config.nav:
+        if entry.get("Published systems") == "systems.md":
+            working = (s for s in catalog.systems() if s.status == "works")
+            entry["Published systems"] = ["systems.md", *({s.name: page_of(s)} for s in working)]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Make the pages of systems."""
+    add_pages(files, config)
+    return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -50,6 +71,7 @@ def render(markdown: str) -> str:
         "comparison": _comparison,
         "evidence": _evidence,
         "dsmoe": _dsmoe,
+        "choices": choices,
     }
     return _LIST.sub(lambda found: lists[found[1]](), markdown)
 
@@ -123,8 +145,9 @@ def _systems() -> str:
 
 
 def _title(system: catalog.System) -> str:
-    """Give the name of a system, its id and its paper."""
-    return f"{system.name}<br>`{system.id}`<br>{_paper(system.arxiv)}"
+    """Give the name of a system, linked to its page if it works, its id and its paper."""
+    name = f"[{system.name}]({page_of(system)})" if system.status == "works" else system.name
+    return f"{name}<br>`{system.id}`<br>{_paper(system.arxiv)}"
 
 
 def _architectures() -> str:
@@ -304,20 +327,3 @@ def _over_seeds(values: list[float], digits: int) -> str:
     if min(values) == max(values):
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-def _record(path: str) -> dict[str, Any]:
-    """Read a committed result of an evidence script."""
-    record: dict[str, Any] = json.loads((_PACKAGE.parents[1] / path).read_text("utf-8"))
-    return record
-
-
-def _rows(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """Lay out a table."""
-    lines = [titles, ("---",) * len(titles), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _paper(paper: str) -> str:
-    """Link a paper that is named by its arXiv id."""
-    return re.sub(r"(?:arXiv[: ])?(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)

@@ -4,6 +4,7 @@ from moesaic.analysis._headline import Headline, headline
 from moesaic.analysis.comparison import Comparison, verdicts
 from moesaic.analysis.comparison_markdown import comparison_markdown
 from moesaic.analysis.comparison_page import render_comparison
+from moesaic.analysis.health import health_summary, read_health, render_health, write_health
 from moesaic.analysis.report import render_report, write_report
 from moesaic.analysis.suggestion import (
     Prediction,
@@ -25,11 +26,15 @@ __all__ = [
     "checks",
     "comparison_markdown",
     "headline",
+    "health_summary",
     "predictions_markdown",
+    "read_health",
     "render_comparison",
+    "render_health",
     "render_report",
     "summary_rows",
     "summary_table",
     "verdicts",
+    "write_health",
     "write_report",
 ]

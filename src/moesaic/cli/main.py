@@ -27,7 +27,7 @@ COMMANDS = {
     "generate": "Write text with a dense or converted model",
     "export": "Write a converted model in the form of other software",
     "serve": "Serve a model with the protocol of OpenAI",
-    "report": "Turn an evaluation record into one HTML page",
+    "report": "Turn an evaluation record, or a training's experts, into one HTML page",
     "ls": "List methods or published systems",
     "doctor": "Say what this machine can run, and why not the rest",
 }

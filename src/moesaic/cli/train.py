@@ -28,6 +28,7 @@ from moesaic.models.checkpoint import (
 from moesaic.recipes.claim import claim, held, holds_run
 from moesaic.recipes.plan import check_train
 from moesaic.training import TrainConfig, train
+from moesaic.training.health.history import NAME as HEALTH
 from moesaic.training.teacher import is_own_teacher
 
 
@@ -87,6 +88,9 @@ def run(argv: Sequence[str]) -> int:
         with held(work):
             claim(work, resolved, "training")
             results = _train(options, manifest, work)
+    # Before the last act, so that a run that was cut does it again.
+    if (work / "train" / HEALTH).is_file():
+        shutil.copyfile(work / "train" / HEALTH, options.output / HEALTH)
     shutil.rmtree(work)
     show({"output": str(options.output), **results}, as_json=options.json)
     return 0

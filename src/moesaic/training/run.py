@@ -25,6 +25,7 @@ from moesaic.nn.layer import moe_layers
 from moesaic.training.budget import BudgetControl, settle_threshold, sigmoid_routers
 from moesaic.training.config import TrainConfig
 from moesaic.training.end_step import EndStep
+from moesaic.training.health import TrainingHealth
 from moesaic.training.teacher import dense_teacher, given_teacher, is_own_teacher
 from moesaic.training.trainer import BlockDataset, DistillTrainer, StepRecorder
 from moesaic.training.zeros import zeros_kept
@@ -57,7 +58,7 @@ def train(
             is 0 then.
         text: Training text; held-out text must not be given.
         config: Settings.
-        directory: Where metrics and checkpoints go.
+        directory: Where metrics, the history of the experts' health and checkpoints go.
         progress: Told of every token.
         teacher: What it is distilled from, which is frozen. If none, the model's own weights with
             all gates on, which is its dense parent only where every neuron of that is in it.
@@ -105,6 +106,8 @@ def train(
             callbacks=[recorder, EndStep()],
         )
         recorder.trainer = trainer
+        if any(layer.router is not None for layer in moe_layers(model)):
+            trainer.add_callback(TrainingHealth(trainer))
         _quiet(trainer)
         last = _last_checkpoint(directory)
         if last is not None and _step_of(Path(last)) >= steps:

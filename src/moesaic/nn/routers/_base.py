@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,14 @@ class Router(nn.Module, ABC):
         free_experts: Kinds of the experts without neurons that it chooses among, too.
         needs_previous: Whether it needs the routing of the layer before, in its state.
         training_only: Names of parameters that take no part in evaluation.
+        score_gate: What makes gates of its scores, where its weights may not tell.
     """
 
     num_experts: int
     free_experts: tuple[FreeKind, ...] = ()
     needs_previous: bool = False
     training_only: ClassVar[frozenset[str]] = frozenset()
+    score_gate: ClassVar[Literal["softmax", "sigmoid"] | None] = None
 
     @abstractmethod
     def forward(self, h_TD: Tensor, state: RouterState | None = None) -> Routing:

@@ -62,6 +62,8 @@ class NoisyTopK(Router):
     """
 
     training_only: ClassVar[frozenset[str]] = frozenset({"noise"})
+    # With a single slot its weights are all alike and do not tell.
+    score_gate: ClassVar[Literal["softmax", "sigmoid"] | None] = "softmax"
 
     def __init__(self, dim: int, num_experts: int, config: NoisyTopKConfig) -> None:
         check_top_k(config.top_k, num_experts)

@@ -10,7 +10,7 @@ Shapes: T tokens, D model width, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,8 @@ class SigmoidThreshold(Router):
         num_experts: E.
         config: Settings.
     """
+
+    score_gate: ClassVar[Literal["softmax", "sigmoid"] | None] = "sigmoid"
 
     def __init__(self, dim: int, num_experts: int, config: SigmoidThresholdConfig) -> None:
         super().__init__()
