@@ -121,6 +121,8 @@ class MoELayer(nn.Module):
             if self.all_on:
                 out_TD = self.experts(h_TD, None)
             else:
+                if h.dim() > 2:
+                    state = replace(state or RouterState(), length=h.shape[-2])
                 routing = self.router(h_TD, state)
                 out_TD = self.experts(h_TD, routing)
                 if self.free is not None:

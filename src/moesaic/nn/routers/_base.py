@@ -25,10 +25,12 @@ class RouterState:
     Attributes:
         previous: Routing of the layer before, or none in the first.
         progress: Part of the training done, in [0, 1].
+        length: S, where the tokens are those of whole sequences of S, one after another.
     """
 
     previous: Routing | None = None
     progress: float = 0.0
+    length: int | None = None
 
 
 class Router(nn.Module, ABC):
