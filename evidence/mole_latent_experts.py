@@ -153,8 +153,8 @@ def judge(results: dict[str, Any]) -> tuple[dict[str, bool], str]:
         "latent experts from scratch are within 0.03 nats of ordinary ones": more < 0.03,
     }
     found = "; ".join(
-        f"{way}: outputs err by {error:.2f} of their size ({down:.2f} with down in common), the loss "
-        f"is {before:+.3f} and after training on {after:+.3f}"
+        f"{way}: outputs err by {error:.2f} of their size ({down:.2f} with down in common), "
+        f"the loss is {before:+.3f} and after training on {after:+.3f}"
         for way, error, down, before, after in zip(ways, errors, downs, lost, left, strict=True)
     )
     return holds, (

@@ -4,9 +4,9 @@ Source: Mixture of Latent Experts, arXiv 2503.23100, the two phases of its conve
 is cut to a rank, then those of a group become W_i = A_i B. The best factors in the sense of squared
 error are known: B is spanned by the right singular vectors of the stacked matrices, A_i = W_i B^T,
 and the error is the sum of the squared singular values left out (Eckart and Young). Gate and up are
-factorised one by one, the down matrix stays whole. Neighbours make a group, as far as we know in the
-paper too. A small error of matrices need not be a small one of outputs: inputs are not alike in all
-directions.
+factorised one by one, the down matrix stays whole. Neighbours make a group, as far as we know also
+in the paper. A small error of matrices need not be a small one of outputs: inputs are not alike in
+all directions.
 
 Shapes: E experts, G groups of N = E / G neighbours, F width of one expert, M width of the latent
 space, D model width; R rows and C columns of a matrix.
