@@ -5,7 +5,7 @@ expert i in group q are W_i = A_i B_q, where B_q belongs to the group and A_i to
 down matrix stays its own. B_q h is computed once for a token and group. With groups of one it is an
 ordinary mixture with one more linear factor; a single group shares one latent space.
 
-`moesaic.compression.factorization.latent_experts` brings trained experts into this form.
+The factorisation `latent_experts` among the compressions brings trained experts into this form.
 
 Shapes: T tokens, E experts, G groups of N = E / G neighbours, F width of one expert, M width of the
 latent space, D model width; the 2 is gate and up.

@@ -98,7 +98,8 @@ class DataSelection(LinearRouter):
         # The inverse of an order is everybody's place in it.
         place_TE = order_BSE.argsort(dim=1).flatten(0, 1)
         room = max(1, int(self.config.capacity * length))
-        return (place_TE < room).gather(1, ids_TK)
+        taken_TK: Tensor = (place_TE < room).gather(1, ids_TK)
+        return taken_TK
 
     def extra_repr(self) -> str:
         """Sizes and settings, for printing."""
