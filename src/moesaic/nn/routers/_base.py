@@ -40,12 +40,15 @@ class Router(nn.Module, ABC):
         num_experts: E, the real experts.
         free_experts: Kinds of the experts without neurons that it chooses among, too.
         needs_previous: Whether it needs the routing of the layer before, in its state.
+        reads_sequences: Whether a token's experts depend on other tokens of its sequence; its state
+            says where sequences end.
         training_only: Names of parameters that take no part in evaluation.
     """
 
     num_experts: int
     free_experts: tuple[FreeKind, ...] = ()
     needs_previous: bool = False
+    reads_sequences: bool = False
     training_only: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod

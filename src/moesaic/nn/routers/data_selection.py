@@ -65,6 +65,7 @@ class DataSelection(LinearRouter):
         check_top_k(config.top_k, num_experts)
         super().__init__(dim, num_experts)
         self.config = config
+        self.reads_sequences = config.capacity < 1.0
 
     def forward(self, h_TD: Tensor, state: RouterState | None = None) -> Routing:
         """Let tokens ask and experts take; ties go to the lower expert and the earlier token.
@@ -83,7 +84,7 @@ class DataSelection(LinearRouter):
         weights_TK = gates_TE.gather(1, ids_TK)
         if self.config.weight == "none":
             weights_TK = torch.ones_like(weights_TK)
-        if self.config.capacity < 1.0 and h_TD.shape[0]:
+        if self.reads_sequences and h_TD.shape[0]:
             length = h_TD.shape[0] if state is None or state.length is None else state.length
             taken_TK = self._taken(gates_TE.detach(), ids_TK, length)
             ids_TK = torch.where(taken_TK, ids_TK, self.num_experts)
