@@ -246,6 +246,17 @@ def test_free_experts_are_refused():
         Engine(model, length=64)
 
 
+def test_routers_that_read_sequences_are_refused():
+    model = converted(LLAMA, router="data-selection")
+    with pytest.raises(InputError, match=r"layer 0 has the router 'data-selection', which reads"):
+        Engine(model, length=64)
+    causal = converted(LLAMA, router="data-selection", router_options={"capacity": 1.0})
+    expected = logits_of(causal, PROMPT)
+    torch.testing.assert_close(
+        read(Decoder(causal, length=64), PROMPT), expected, rtol=1e-4, atol=1e-4
+    )
+
+
 def test_rotary_angles_that_move_are_refused():
     model = dense_model(LLAMA)
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}

@@ -43,7 +43,8 @@ def test_leading_dimensions_are_kept(router):
     for shape in ((3, 20, 17), (60, 17), (2, 5, 6, 17)):
         out = run(moe, h_TD.reshape(shape))
         assert out.shape == shape
-        torch.testing.assert_close(out.reshape(60, 17), run(moe, h_TD))
+        if "sequences" not in ROUTERS[router].abilities or len(shape) == 2:
+            torch.testing.assert_close(out.reshape(60, 17), run(moe, h_TD))
     assert moe(h_TD[0]).shape == (17,)
     assert moe(torch.zeros(2, 0, 17, dtype=torch.float64)).shape == (2, 0, 17)
 

@@ -132,7 +132,21 @@ def test_renumbering_experts_renumbers_the_routing(name):
 
 
 @each_router
+def test_sequences_do_not_see_each_other(name):
+    router, h_TD = make_router(name, E), tokens(63)
+    state = RouterState(length=9)
+    together = router(h_TD, state).weights_TE()
+    alone = [router(part_TD, state).weights_TE() for part_TD in h_TD.split(9)]
+    torch.testing.assert_close(torch.cat(alone), together)
+    reads = "sequences" in ROUTERS[name].abilities
+    assert reads == router.reads_sequences
+    assert reads != torch.equal(together, router(h_TD).weights_TE())
+
+
+@each_router
 def test_tokens_do_not_see_each_other(name):
+    if "sequences" in ROUTERS[name].abilities:
+        return
     router, h_TD = make_router(name, E), tokens(63)
     together = router(h_TD).weights_TE()
     torch.testing.assert_close(router(h_TD[:5]).weights_TE(), together[:5])
@@ -231,6 +245,9 @@ def test_fresh_weights_are_small_and_differ(name):
         ("cmoe", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("cmoe", {"bias_step": -1.0}, r"bias_step must be at least 0, got -1.0; 0.001 is"),
         ("cmoe", {"activation": "sliu"}, r"'sliu' is unknown; did you mean silu"),
+        ("data-selection", {"top_k": 0}, r"top_k must be at least 1, got 0"),
+        ("data-selection", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
+        ("data-selection", {"capacity": 1.5}, r"capacity must be in \(0, 1\], got 1.5; 1 is"),
         ("grouped-top-k", {"num_groups": 0}, r"num_groups must be at least 1, got 0"),
         ("grouped-top-k", {"num_groups": 4}, r"num_groups must divide num_experts=6, got 4"),
         ("grouped-top-k", {"per_group": 0}, r"per_group must be at least 1, got 0"),

@@ -143,7 +143,7 @@ def _matrices(model: nn.Module) -> int:
         if isinstance(module, (nn.Linear, Conv1D)):
             total += module.weight.numel()
         elif isinstance(module, Experts):
-            total += module.num_experts * _expert(module, biases=False)
+            total += module.num_experts * module.own_weights() + module.common_weights()
     for layer in moe_layers(model):
         if layer.router is not None:
             total += sum(
@@ -155,12 +155,12 @@ def _matrices(model: nn.Module) -> int:
 
 
 def _expert(experts: Experts, *, biases: bool) -> int:
-    """Parameters of one expert."""
+    """Parameters of one expert that no other has."""
+    if not biases:
+        return experts.own_weights()
     weights = experts.weights()
-    tensors = [weights.up, weights.down]
-    if biases:
-        tensors += [bias for bias in (weights.up_bias, weights.down_bias) if bias is not None]
-    return sum(tensor[0].numel() for tensor in tensors)
+    own = [bias for bias in (weights.up_bias, weights.down_bias) if bias is not None]
+    return experts.own_weights() + sum(bias[0].numel() for bias in own)
 
 
 def _attention_flops(config: Any, context: int) -> int:

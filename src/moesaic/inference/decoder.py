@@ -329,12 +329,17 @@ def _check_kind(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.
 
 
 def _check_experts(model: nn.Module) -> None:
-    """Refuse kinds of experts that compute more than their weights say: native code reads those."""
+    """Refuse what native code lacks: experts beyond their weights, routers of whole sequences."""
     for i, layer in enumerate(moe_layers(model)):
         if layer.free is not None:
             raise InputError(
                 f"layer {i} has free experts ({', '.join(layer.free.kinds)}), which have no native "
                 "code; generate with transformers"
+            )
+        if layer.router is not None and layer.router.reads_sequences:
+            raise InputError(
+                f"layer {i} has the router {layer.config.router!r}, which reads whole sequences; "
+                "generate with transformers"
             )
         for part in (layer.experts, layer.shared):
             own = part is not None and (

@@ -36,6 +36,7 @@ class LayerConfig:
         router: Name of the router; empty when there are no routed experts.
         router_options: Its settings.
         experts: Name of the kind of experts.
+        experts_options: Its settings beyond the activation and the biases.
         activation: Name of the activation.
         bias: Whether the up products have a bias.
         expert_bias: Whether each expert's output has a bias, which its weight scales; the shared
@@ -50,6 +51,7 @@ class LayerConfig:
     router: str = ""
     router_options: Mapping[str, Any] = field(default_factory=dict)
     experts: str = "gated"
+    experts_options: Mapping[str, Any] = field(default_factory=dict)
     activation: str = "silu"
     bias: bool = False
     expert_bias: bool = False
@@ -81,8 +83,6 @@ class MoELayer(nn.Module):
         super().__init__()
         self.config = config
         self.dim = dim
-        options = ExpertsConfig(activation=config.activation, bias=config.bias)
-        routed = replace(options, down_bias=config.expert_bias)
         make_experts: type[Experts] = EXPERTS.load(config.experts)
         self.router: Router | None = None
         self.experts: Experts | None = None
@@ -94,9 +94,15 @@ class MoELayer(nn.Module):
                 where=f"router {config.router}",
             )
             self.router = ROUTERS.load(config.router)(dim, config.num_experts, settings)
+            routed = _experts_config(
+                config, config.experts, config.experts_options, down_bias=config.expert_bias
+            )
             self.experts = make_experts(dim, config.num_experts, config.width, routed)
         if config.shared_width:
-            self.shared = make_experts(dim, 1, config.shared_width, options)
+            kind = make_experts.shared_kind or config.experts
+            self.shared = EXPERTS.load(kind)(
+                dim, 1, config.shared_width, _experts_config(config, kind, {}, down_bias=False)
+            )
         self.free: FreeExperts | None = None
         if self.router is not None and self.router.free_experts:
             self.free = FreeExperts(dim, self.router.free_experts)
@@ -121,6 +127,8 @@ class MoELayer(nn.Module):
             if self.all_on:
                 out_TD = self.experts(h_TD, None)
             else:
+                if h.dim() > 2:
+                    state = replace(state or RouterState(), length=h.shape[-2])
                 routing = self.router(h_TD, state)
                 out_TD = self.experts(h_TD, routing)
                 if self.free is not None:
@@ -137,6 +145,17 @@ class MoELayer(nn.Module):
         if self.bypass is not None and not self.all_on:
             out_TD = out_TD + self.bypass(h_TD)
         return out_TD.reshape(h.shape)
+
+
+def _experts_config(
+    config: LayerConfig, kind: str, options: Mapping[str, Any], *, down_bias: bool
+) -> ExpertsConfig:
+    """Settings of a kind of experts: those that all have, and its own."""
+    common = {"activation": config.activation, "bias": config.bias, "down_bias": down_bias}
+    made: ExpertsConfig = build_config(
+        EXPERTS.load_config(kind), {**common, **options}, where=f"experts {kind}"
+    )
+    return made
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +48,14 @@ class Experts(nn.Module, ABC):
         width: F, neurons of one expert.
         backend: Path that computes them; `auto` chooses (see `moesaic.ops.select`).
         packed: A copy for the native CPU code; see `moesaic.inference.pack_experts`.
+        shared_kind: Name of the kind that a layer's shared part is of, if it is another.
     """
 
     num_experts: int
     width: int
     backend: Backend = "auto"
     packed: Packed | None = None
+    shared_kind: ClassVar[str] = ""
 
     @abstractmethod
     def weights(self) -> ExpertWeights:
@@ -72,6 +75,15 @@ class Experts(nn.Module, ABC):
     def dense(self, h_TD: Tensor) -> Tensor:
         """Sum all experts at weight one: the dense FFN, [T, D]."""
         return experts_masked(h_TD, None, self.weights())
+
+    def own_weights(self) -> int:
+        """Weights of the matrices of one expert that no other has."""
+        weights = self.weights()
+        return weights.up[0].numel() + weights.down[0].numel()
+
+    def common_weights(self) -> int:
+        """Weights of the matrices that experts have in common; a token is taken to use all."""
+        return 0
 
     def used_share(self) -> float | None:
         """Share of the matrices' weights that every token uses when all experts are on.

@@ -1,4 +1,7 @@
-"""The experts, by name."""
+"""The experts, by name.
+
+Abilities: `factors`, what `weights` gives is computed from parameters of other shapes.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,14 @@ EXPERTS = MethodTable(
             config="moesaic.nn.experts._base:ExpertsConfig",
             summary="down(act(gate h) * (up h)): Llama, Mistral, Qwen, Gemma, Phi, OLMo",
             paper="GLU variants, arXiv 2002.05202",
+        ),
+        MethodInfo(
+            name="latent-gated",
+            target="moesaic.nn.experts.latent:LatentGatedExperts",
+            config="moesaic.nn.experts.latent:LatentExpertsConfig",
+            summary="Gated experts whose groups share a projection into a latent space",
+            paper="Mixture of Latent Experts, arXiv 2503.23100",
+            abilities=frozenset({"factors"}),
         ),
         MethodInfo(
             name="plain",

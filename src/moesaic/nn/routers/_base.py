@@ -25,10 +25,12 @@ class RouterState:
     Attributes:
         previous: Routing of the layer before, or none in the first.
         progress: Part of the training done, in [0, 1].
+        length: S, where the tokens are those of whole sequences of S, one after another.
     """
 
     previous: Routing | None = None
     progress: float = 0.0
+    length: int | None = None
 
 
 class Router(nn.Module, ABC):
@@ -38,6 +40,8 @@ class Router(nn.Module, ABC):
         num_experts: E, the real experts.
         free_experts: Kinds of the experts without neurons that it chooses among, too.
         needs_previous: Whether it needs the routing of the layer before, in its state.
+        reads_sequences: Whether a token's experts depend on other tokens of its sequence; its state
+            says where sequences end.
         training_only: Names of parameters that take no part in evaluation.
         score_gate: What makes gates of its scores, where its weights may not tell.
     """
@@ -45,6 +49,7 @@ class Router(nn.Module, ABC):
     num_experts: int
     free_experts: tuple[FreeKind, ...] = ()
     needs_previous: bool = False
+    reads_sequences: bool = False
     training_only: ClassVar[frozenset[str]] = frozenset()
     score_gate: ClassVar[Literal["softmax", "sigmoid"] | None] = None
 

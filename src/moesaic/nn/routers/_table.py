@@ -16,6 +16,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"softmax", "top-k"}),
         ),
         MethodInfo(
+            name="data-selection",
+            target="moesaic.nn.routers.data_selection:DataSelection",
+            config="moesaic.nn.routers.data_selection:DataSelectionConfig",
+            summary="Tokens ask for their top k; each expert takes its share of every sequence",
+            paper="Union of Experts, arXiv 2503.02495",
+            abilities=frozenset({"softmax", "top-k", "variable", "may-choose-none", "sequences"}),
+        ),
+        MethodInfo(
             name="grouped-top-k",
             target="moesaic.nn.routers.grouped_top_k:GroupedTopK",
             config="moesaic.nn.routers.grouped_top_k:GroupedTopKConfig",
