@@ -145,7 +145,9 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 
 
 def end_step(model: nn.Module) -> None:
-    """Tell every router that an optimiser step has ended; some move a bias by its loads.
+    """Tell every router that an optimiser step has ended.
+
+    Some move a bias by its loads, some follow a schedule.
 
     `moesaic.train` and `moesaic.training.EndStep`, a callback for the Trainer of transformers, do
     this; a training loop of one's own calls it after `optimizer.step()`.

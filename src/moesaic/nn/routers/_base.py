@@ -16,19 +16,18 @@ from torch import Tensor, nn
 from moesaic._errors import InputError
 from moesaic.nn.free import FreeKind
 from moesaic.nn.routing import Routing
+from moesaic.nn.schedules._base import StepClock
 
 
 @dataclass(frozen=True, slots=True)
 class RouterState:
-    """What some routers need beyond the token: other layers, other steps.
+    """What some routers need beyond the token.
 
     Attributes:
         previous: Routing of the layer before, or none in the first.
-        progress: Part of the training done, in [0, 1].
     """
 
     previous: Routing | None = None
-    progress: float = 0.0
 
 
 class Router(nn.Module, ABC):
@@ -55,7 +54,10 @@ class Router(nn.Module, ABC):
         """Draw fresh weights."""
 
     def end_step(self) -> None:
-        """Act on the loads of the optimiser step that just ended; most routers do nothing."""
+        """Act on the optimiser step that just ended; most routers do nothing.
+
+        Some move a bias by its loads; those with a schedule count it on their `StepClock`.
+        """
 
 
 class LinearRouter(Router, ABC):
@@ -74,8 +76,11 @@ class LinearRouter(Router, ABC):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw small random rows."""
+        """Draw small random rows; schedules start anew."""
         nn.init.normal_(self.weight, std=0.02)
+        for child in self.children():
+            if isinstance(child, StepClock):
+                child.reset_parameters()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,10 +98,10 @@ class TopKConfig:
             raise InputError(f"top_k must be at least 1, got {self.top_k}; choose 1 to num_experts")
 
 
-def check_top_k(top_k: int, num_experts: int) -> None:
+def check_top_k(top_k: int, num_experts: int, field: str = "top_k") -> None:
     """Refuse to choose more experts than there are."""
     if top_k > num_experts:
-        raise InputError(f"top_k must be in [1, num_experts={num_experts}], got {top_k}; lower it")
+        raise InputError(f"{field} must be in [1, num_experts={num_experts}], got {top_k}; lower it")
 
 
 def linear_scores(h_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:

@@ -64,6 +64,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"top-k", "noise-in-training"}),
         ),
         MethodInfo(
+            name="progressive-top-k",
+            target="moesaic.nn.routers.progressive_top_k:ProgressiveTopK",
+            config="moesaic.nn.routers.progressive_top_k:ProgressiveTopKConfig",
+            summary="Top-k that uses more experts in the first part of training",
+            paper="Sigma-MoE-Tiny, arXiv 2512.16248",
+            abilities=frozenset({"softmax", "top-k", "scheduled"}),
+        ),
+        MethodInfo(
             name="selective-sinkhorn",
             target="moesaic.nn.routers.selective_sinkhorn:SelectiveSinkhorn",
             config="moesaic.nn.routers.selective_sinkhorn:SelectiveSinkhornConfig",
