@@ -84,9 +84,7 @@ def test_training_and_evaluation_weigh_alike(name):
         assert not torch.equal(train.weights_TE(), evaluate.weights_TE())
         end_schedules(router)
         for training in (True, False):
-            assert torch.equal(
-                router.train(training)(h_TD).weights_TE(), evaluate.weights_TE()
-            )
+            assert torch.equal(router.train(training)(h_TD).weights_TE(), evaluate.weights_TE())
     else:
         assert torch.equal(train.weights_TE(), evaluate.weights_TE())
         assert torch.equal(train.active_TE(), evaluate.active_TE())

@@ -101,7 +101,9 @@ class TopKConfig:
 def check_top_k(top_k: int, num_experts: int, field: str = "top_k") -> None:
     """Refuse to choose more experts than there are."""
     if top_k > num_experts:
-        raise InputError(f"{field} must be in [1, num_experts={num_experts}], got {top_k}; lower it")
+        raise InputError(
+            f"{field} must be in [1, num_experts={num_experts}], got {top_k}; lower it"
+        )
 
 
 def linear_scores(h_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
