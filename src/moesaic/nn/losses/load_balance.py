@@ -27,8 +27,8 @@ class LoadBalanceConfig:
 
     Attributes:
         scope: `batch` balances all tokens together and lets a sequence specialise; `sequence`
-            balances each sequence and averages; `global` is `batch` with the loads of the batches of
-            all processes, whose mean probability stays their own.
+            balances each sequence and averages; `global` is `batch` with the loads of all
+            processes, whose mean probability stays their own.
         share_of: What a load is a share of: the `tokens`, or the `choices` that they made, which
             divides the loss by the mean number of experts per token.
     """

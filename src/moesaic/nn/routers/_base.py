@@ -17,17 +17,20 @@ from moesaic._errors import InputError
 from moesaic.nn.free import FreeKind
 from moesaic.nn.routing import Routing
 from moesaic.nn.schedules._base import StepClock
+from moesaic.nn.sequences import Sequences
 
 
 @dataclass(frozen=True, slots=True)
 class RouterState:
-    """What some routers need beyond the token.
+    """What some routers and experts need beyond the token.
 
     Attributes:
         previous: Routing of the layer before, or none in the first.
+        sequences: The sequence behind each token, for experts that read one.
     """
 
     previous: Routing | None = None
+    sequences: Sequences | None = None
 
 
 class Router(nn.Module, ABC):

@@ -96,6 +96,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"sigmoid", "top-k"}),
         ),
         MethodInfo(
+            name="straight-through-top-k",
+            target="moesaic.nn.routers.straight_through_top_k:StraightThroughTopK",
+            config="moesaic.nn.routers.straight_through_top_k:StraightThroughTopKConfig",
+            summary="The k most probable weigh one, with the gradient of their probability",
+            paper="Hecto, arXiv 2506.22919",
+            abilities=frozenset({"softmax", "top-k"}),
+        ),
+        MethodInfo(
             name="token-rounding",
             target="moesaic.nn.routers.token_rounding:TokenRounding",
             config="moesaic.nn.routers.token_rounding:TokenRoundingConfig",
