@@ -23,6 +23,9 @@ def router_options(name: str, num_experts: int, **options: Any) -> dict[str, Any
         options.setdefault("top_k", min(fields["top_k"].default, num_experts))
     if "early_top_k" in fields:
         options.setdefault("early_top_k", min(fields["early_top_k"].default, num_experts))
+    if "router" in fields:
+        inner = options.get("router", fields["router"].default)
+        options["options"] = router_options(inner, num_experts, **options.get("options", {}))
     if "probability" in fields:
         # Else hardly any test would see what is done now and then.
         options.setdefault("probability", 1.0)

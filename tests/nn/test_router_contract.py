@@ -117,6 +117,22 @@ def test_permuting_tokens_permutes_the_routing(name):
     )
 
 
+@torch.no_grad()
+def exchange_siblings(router):
+    """Exchange the leaves of the last split of every tree; gives the new order."""
+    trees, last = router.config.num_trees, E - 2
+    walk = router._walk
+    left, right = walk.index(E - 2), walk.index(E - 1)
+    order_E = torch.arange(E)
+    order_E[[left, right]] = order_E[[right, left]]
+    for parameter in (router.weight, router.bias):
+        each = parameter.unflatten(0, (trees, E))
+        each.copy_(each[:, order_E].clone())
+    for parameter in (router.split_weight, router.split_bias):
+        parameter.unflatten(0, (trees, E - 1))[:, last] *= -1
+    return order_E
+
+
 @each_router
 def test_renumbering_experts_renumbers_the_routing(name):
     router, h_TD = make_router(name, E), tokens(63)
@@ -125,8 +141,11 @@ def test_renumbering_experts_renumbers_the_routing(name):
     if "groups" in ROUTERS[name].abilities:
         # Neighbours stay together, whichever their number.
         order_E = torch.arange(E).flip(0)
+    if "trees" in ROUTERS[name].abilities:
+        # A tree stays itself where two leaves of one split, and its sides, change places.
+        order_E = exchange_siblings(router)
     with torch.no_grad():
-        for parameter in router.parameters():
+        for parameter in () if "trees" in ROUTERS[name].abilities else router.parameters():
             # Rows after E are those of null experts.
             parameter[:E] = parameter[:E][order_E].clone()
             if parameter.shape[1:] == (E,):
@@ -199,10 +218,11 @@ def test_schedules_follow_the_steps_and_are_saved(name):
     assert not torch.equal(last.weights_TE(), first.weights_TE())
     # Evaluation does not ask how far training has come.
     evaluated = router.eval()(h_TD)
+    router.clock.reset_parameters()
+    assert torch.equal(router(h_TD).weights_TE(), evaluated.weights_TE())
+    router.end_step()
     router.reset_parameters()
     assert router.clock.step() == 0
-    again.load_state_dict({**router.state_dict(), **dict(again.named_parameters())})
-    assert torch.equal(again.eval()(h_TD).weights_TE(), evaluated.weights_TE())
 
 
 @each_router
@@ -249,7 +269,9 @@ def test_fresh_weights_are_small_and_differ(name):
     before = router.weight.detach().clone()
     router.reset_parameters()
     assert not torch.equal(router.weight, before)
-    assert router.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    # Leaves of trees are uniform within 0.05.
+    std = 0.05 / 3**0.5 if "trees" in ROUTERS[name].abilities else 0.02
+    assert router.weight.std().item() == pytest.approx(std, rel=0.1)
     assert f"experts={E}" in router.extra_repr()
 
 
@@ -282,6 +304,15 @@ def test_fresh_weights_are_small_and_differ(name):
             "null-experts",
             {"num_null": 2, "top_k": 9},
             r"top_k must be in \[1, num_experts \+ num_null=8\], got 9",
+        ),
+        ("permutation-search", {"router": "topk"}, r"router 'topk' is unknown; did you mean"),
+        ("permutation-search", {"options": {"top_k": 7}}, r"top_k must be in \[1, num_experts=6\]"),
+        ("permutation-search", {"search_steps": -1}, r"search_steps must be at least 0, got -1; 0"),
+        ("permutation-search", {"noise": -1.0}, r"must be at least 0, got 0.0001 and -1.0"),
+        (
+            "permutation-search",
+            {"router": "zero-computation"},
+            r"router must have no free experts, got 'zero-computation'",
         ),
         ("progressive-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         (
@@ -322,6 +353,9 @@ def test_fresh_weights_are_small_and_differ(name):
         ("zero-computation", {"top_k": 0}, r"top_k must be at least 1, got 0; 2 is usual"),
         ("zero-computation", {"top_k": 11}, r"top_k must be in \[1, num_experts=10\], got 11"),
         ("zero-computation", {"num_copy": -1}, r"must be at least 0, got 1, -1, 2; 1, 1 and 2"),
+        ("soft-trees", {"num_trees": 0}, r"num_trees must be at least 1, got 0; 2 is usual"),
+        ("soft-trees", {"gamma": 0.0}, r"gamma must be above 0, got 0.0; 1 is usual"),
+        ("soft-trees", {"entropy_coef": -1.0}, r"entropy_coef must be at least 0, got -1.0"),
         ("straight-through-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("straight-through-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("straight-through-top-k", {"temperature": 0.0}, r"temperature must be above 0, got 0.0"),

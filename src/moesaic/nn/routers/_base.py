@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +45,7 @@ class Router(nn.Module, ABC):
     num_experts: int
     free_experts: tuple[FreeKind, ...] = ()
     needs_previous: bool = False
-    training_only: ClassVar[frozenset[str]] = frozenset()
+    training_only: frozenset[str] = frozenset()
 
     @abstractmethod
     def forward(self, h_TD: Tensor, state: RouterState | None = None) -> Routing:

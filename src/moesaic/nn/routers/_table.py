@@ -64,6 +64,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"top-k", "noise-in-training"}),
         ),
         MethodInfo(
+            name="permutation-search",
+            target="moesaic.nn.routers.permutation_search:PermutationSearch",
+            config="moesaic.nn.routers.permutation_search:PermutationSearchConfig",
+            summary="Any router; which expert sits where is learned as training begins",
+            paper="COMET, arXiv 2306.02824",
+            abilities=frozenset({"softmax", "scheduled"}),
+        ),
+        MethodInfo(
             name="progressive-top-k",
             target="moesaic.nn.routers.progressive_top_k:ProgressiveTopK",
             config="moesaic.nn.routers.progressive_top_k:ProgressiveTopKConfig",
@@ -94,6 +102,14 @@ ROUTERS = MethodTable(
             summary="The k highest sigmoid gates; a bias decides with them and weighs nothing",
             paper="DeepSeek-V3, arXiv 2412.19437; loss-free balancing, arXiv 2408.15664",
             abilities=frozenset({"sigmoid", "top-k"}),
+        ),
+        MethodInfo(
+            name="soft-trees",
+            target="moesaic.nn.routers.soft_trees:SoftTrees",
+            config="moesaic.nn.routers.soft_trees:SoftTreesConfig",
+            summary="Soft decision trees with the experts as leaves; each comes to reach one",
+            paper="COMET, arXiv 2306.02824",
+            abilities=frozenset({"trees", "variable"}),
         ),
         MethodInfo(
             name="straight-through-top-k",
