@@ -159,6 +159,20 @@ def test_the_probability_may_weigh_instead():
     torch.testing.assert_close(routing.weights_TK, probs_TE.max(1, keepdim=True).values)
 
 
+def test_soft_steps_mix_all_experts_and_then_one_counts():
+    router = make_router("straight-through-top-k", 2, soft_steps=2).train()
+    h_TD = tokens(63)
+    probs_TE = (h_TD @ router.weight.T / 1.5).softmax(-1)
+    for _ in range(2):
+        torch.testing.assert_close(router(h_TD).weights_TE(), probs_TE)
+        assert router.eval()(h_TD).ids_TK.shape == (63, 1)
+        router.train().end_step()
+    again = make_router("straight-through-top-k", 2, soft_steps=2).train()
+    again.load_state_dict(router.state_dict())
+    for one in (router, again):
+        assert torch.equal(one(h_TD).weights_TK, torch.ones(63, 1))
+
+
 def test_diversity_by_hand():
     # Means of p over the two tokens that count: (3/4 + 1/4) / 2 = 1/2 each, so no divergence.
     # The first alone: 3/4 log(3/2) + 1/4 log(1/2).

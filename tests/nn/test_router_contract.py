@@ -359,6 +359,7 @@ def test_fresh_weights_are_small_and_differ(name):
         ("straight-through-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("straight-through-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("straight-through-top-k", {"temperature": 0.0}, r"temperature must be above 0, got 0.0"),
+        ("straight-through-top-k", {"soft_steps": -1}, r"soft_steps must be at least 0, got -1; 0"),
         ("straight-through-top-k", {"weight": "on"}, r"'on' is unknown; did you mean one"),
         ("token-rounding", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("token-rounding", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),

@@ -7,7 +7,8 @@ experts are computed; then the best permutation is kept for good. Evaluation alw
 
 The temperature falls from 1e-3 to 1e-7 and the rounds rise from 20 to 150. The entropies of rows
 and of columns are charged, where released code takes rows twice. One matrix serves all trees of
-`soft-trees`; one for each is left out. Ours: the matrix starts at the first temperature's scale.
+`soft-trees`; one for each is left out. Ours: the matrix starts at the first temperature's scale,
+and its rounds cool down.
 
 Shapes: T tokens, K slots, D model width, E experts.
 """
@@ -141,18 +142,19 @@ class PermutationSearch(Router):
         tiny = torch.finfo(mixed_TE.dtype).tiny
         scale_T1 = before_TE.sum(1, keepdim=True) / mixed_TE.sum(1, keepdim=True).clamp(min=tiny)
         ids_TE = torch.arange(num_experts, device=h_TD.device).expand_as(mixed_TE)
-        aux = {**routing.aux, "permutation": self.config.entropy_coef * entropies(matrix_EE)}
+        charge = self.config.entropy_coef * entropies(matrix_EE)
+        aux = {**routing.aux, "permutation": charge.to(before_TE.dtype)}
         return Routing(ids_TE, mixed_TE * scale_T1, scores, num_experts, aux)
 
     def matrix(self) -> Tensor:
-        """The soft permutation of this step, [E, E] float32 or better: slots by experts."""
+        """The soft permutation of this step, [E, E] float64: slots by experts."""
         step = self.clock.step()
-        dtype = torch.promote_types(self.logits.dtype, torch.float32)
-        logits_EE = self.logits.to(dtype)
+        # At the last temperature float32 tells numbers near one hardly apart.
+        logits_EE = self.logits.double()
         if self.training and self.config.noise > 0:
             gumbel_EE = -torch.empty_like(logits_EE).exponential_().log()
             logits_EE = logits_EE + self.config.noise * gumbel_EE
-        return sinkhorn(logits_EE / self.temperature.at(step), round(self.rounds.at(step)))
+        return sinkhorn(logits_EE, self.temperature.at(step), round(self.rounds.at(step)))
 
     @torch.no_grad()
     def end_step(self) -> None:
@@ -170,12 +172,29 @@ class PermutationSearch(Router):
         )
 
 
-def sinkhorn(logits_EE: Tensor, rounds: int) -> Tensor:
-    """Normalise the rows and then the columns of exp(logits) in turn, in logarithms."""
-    for _ in range(rounds):
-        logits_EE = logits_EE - logits_EE.logsumexp(1, keepdim=True)
-        logits_EE = logits_EE - logits_EE.logsumexp(0, keepdim=True)
-    return logits_EE.exp()
+def sinkhorn(logits_EE: Tensor, temperature: float, rounds: int) -> Tensor:
+    """Normalise the rows and the columns of exp(logits / temperature) in turn, in logarithms.
+
+    The rounds cool down from the spread of the logits to the temperature: at the temperature from
+    the first one on, cold rounds would leave rows empty.
+
+    Args:
+        logits_EE: [E, E].
+        temperature: Above 0.
+        rounds: How often both are normalised.
+
+    Returns:
+        [E, E]; columns sum to one, and rows too where the rounds were enough.
+    """
+    warm = max(temperature, float((logits_EE.amax() - logits_EE.amin()).detach()))
+    u_E1, v_1E = torch.zeros_like(logits_EE[:, :1]), torch.zeros_like(logits_EE[:1])
+    for round_ in range(rounds):
+        # Half of the rounds are left for the last temperature.
+        share = min(1.0, 2 * (round_ + 1) / rounds)
+        heat = warm * (temperature / warm) ** share
+        u_E1 = -heat * ((logits_EE + v_1E) / heat).logsumexp(1, keepdim=True)
+        v_1E = -heat * ((logits_EE + u_E1) / heat).logsumexp(0, keepdim=True)
+    return ((logits_EE + u_E1 + v_1E) / temperature).exp()
 
 
 def entropies(matrix_EE: Tensor) -> Tensor:
