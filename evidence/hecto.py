@@ -27,7 +27,7 @@ from moesaic.nn.routers._base import RouterState
 from moesaic.nn.sequences import Sequences
 
 VECTORS, FEATURES, DIM, WIDTH, CLASSES = 16, 8, 32, 16, 2
-BATCH, RATE, ENTROPY, DIVERSITY = 64, 5e-3, 0.01, 0.3
+BATCH, RATE, ENTROPY, DIVERSITY = 64, 5e-3, 0.01, 0.05
 MARKER = 3.0
 WAYS = {
     "mixed": ("plain", "gru"),
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "entropy": ENTROPY,
             "diversity": DIVERSITY,
         },
-        sizes={"steps": 600, "soft_steps": 200, "windows": 32},
+        sizes={"steps": 1000, "soft_steps": 300, "windows": 32},
     )
 
 
