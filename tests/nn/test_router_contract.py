@@ -89,7 +89,7 @@ def test_training_and_evaluation_weigh_alike(name):
         assert torch.equal(train.weights_TE(), evaluate.weights_TE())
         assert torch.equal(train.active_TE(), evaluate.active_TE())
     # Otherwise nothing was decided.
-    assert 0 < train.active_TE().sum() < 63 * E
+    assert 0 < evaluate.active_TE().sum() < 63 * E
 
 
 @pytest.mark.parametrize("estimator", ["straight-through", "hard", "hard-skip"])
@@ -282,6 +282,23 @@ def test_fresh_weights_are_small_and_differ(name):
         ("cmoe", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("cmoe", {"bias_step": -1.0}, r"bias_step must be at least 0, got -1.0; 0.001 is"),
         ("cmoe", {"activation": "sliu"}, r"'sliu' is unknown; did you mean silu"),
+        (
+            "dense-to-sparse",
+            {"soft_steps": -1},
+            r"soft_steps must be at least 0, got -1; 0 is none",
+        ),
+        (
+            "dense-to-sparse",
+            {"threshold": 1.0},
+            r"threshold must be in \[0, 1\), got 1.0; 0.001 is",
+        ),
+        ("dense-to-sparse", {"threshold": 0.5}, r"below 1 / num_experts=0.1667, got 0.5; else a"),
+        (
+            "dense-to-sparse",
+            {"temperature": {"start": 1.0, "end": 0.0, "steps": 1}},
+            r"temperature must start and end above 0, got 1.0 and 0.0; 2 and 0.3 are usual",
+        ),
+        ("dense-to-sparse", {"temperature": {"start": 1.0}}, r"temperature lacks the option 'end'"),
         ("grouped-top-k", {"num_groups": 0}, r"num_groups must be at least 1, got 0"),
         ("grouped-top-k", {"num_groups": 4}, r"num_groups must divide num_experts=6, got 4"),
         ("grouped-top-k", {"per_group": 0}, r"per_group must be at least 1, got 0"),

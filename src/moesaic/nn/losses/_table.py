@@ -52,7 +52,7 @@ LOSSES = MethodTable(
             config="moesaic.nn.losses._base:LossConfig",
             summary="Squared variation of the expected number of tokens over experts",
             paper="Sparsely-gated MoE, arXiv 1701.06538",
-            abilities=frozenset({"noise-in-training"}),
+            abilities=frozenset({"chances"}),
         ),
         MethodInfo(
             name="load-balance",

@@ -16,6 +16,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"softmax", "top-k"}),
         ),
         MethodInfo(
+            name="dense-to-sparse",
+            target="moesaic.nn.routers.dense_to_sparse:DenseToSparse",
+            config="moesaic.nn.routers.dense_to_sparse:DenseToSparseConfig",
+            summary="Noise at a falling temperature: from all experts to one as training goes on",
+            paper="EvoMoE, arXiv 2112.14397",
+            abilities=frozenset({"softmax", "noise-in-training", "scheduled"}),
+        ),
+        MethodInfo(
             name="grouped-top-k",
             target="moesaic.nn.routers.grouped_top_k:GroupedTopK",
             config="moesaic.nn.routers.grouped_top_k:GroupedTopKConfig",
@@ -61,7 +69,7 @@ ROUTERS = MethodTable(
             config="moesaic.nn.routers.noisy_top_k:NoisyTopKConfig",
             summary="Top-k, in training of noisy scores; weights are a softmax of those kept",
             paper="LLaMA-MoE, arXiv 2406.16554; Sparsely-gated MoE, arXiv 1701.06538",
-            abilities=frozenset({"top-k", "noise-in-training"}),
+            abilities=frozenset({"top-k", "noise-in-training", "chances"}),
         ),
         MethodInfo(
             name="permutation-search",
