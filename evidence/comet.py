@@ -22,7 +22,7 @@ from moesaic.nn.layer import LayerConfig, MoELayer, end_step, record_routing
 
 PIXELS, CLASSES, EXPERTS, WIDTH, TOP_K = 64, 10, 8, 16, 2
 BATCH, RATE, TEST = 64, 5e-3, 500
-GAMMA, ENTROPY = 1.0, 0.1
+GAMMA, ENTROPY = 1.0, 0.003
 ROUTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "trees": ("soft-trees", {"num_trees": TOP_K, "gamma": GAMMA, "entropy_coef": ENTROPY}),
     "top-k": ("topk-softmax", {"top_k": TOP_K}),
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "gamma": GAMMA,
             "entropy": ENTROPY,
         },
-        sizes={"steps": 300, "search_steps": 100},
+        sizes={"steps": 600, "search_steps": 150},
         num_seeds=5,
     )
 

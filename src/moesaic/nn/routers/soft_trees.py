@@ -40,7 +40,7 @@ class SoftTreesConfig:
 
     num_trees: int = 2
     gamma: float = 1.0
-    entropy_coef: float = 0.1
+    entropy_coef: float = 0.01
 
     def __post_init__(self) -> None:
         if self.num_trees < 1:
@@ -49,7 +49,7 @@ class SoftTreesConfig:
             raise InputError(f"gamma must be above 0, got {self.gamma}; 1 is usual")
         if not 0.0 <= self.entropy_coef < float("inf"):
             raise InputError(
-                f"entropy_coef must be at least 0, got {self.entropy_coef}; 0.1 is usual"
+                f"entropy_coef must be at least 0, got {self.entropy_coef}; 0.01 is usual"
             )
 
 
