@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from calibration_cases import LLAMA, make_text
 from conversion_cases import stats_for
-from model_cases import LAYERS, ROWS, WIDTH, Case, dense_model, random_ids, read_all
+from model_cases import LAYERS, ROWS, WIDTH, Case, dense_model, random_ids, read_all, same_state
 
 from moesaic._errors import InputError
 from moesaic.compression.pruning.flap import FLAP, prune_flap
@@ -89,6 +91,8 @@ def test_whole_copies_need_no_text():
         ({"top_k": 9}, r"top_k must be in \[1, copies=8\], got 9"),
         ({"copies": 0}, r"top_k must be in \[1, copies=0\], got 2"),
         ({"balance_coef": -1.0}, r"balance_coef and seed must be at least 0, got -1.0 and 0"),
+        ({"amount": 0.0}, r"amount must be in \(0, 1\), got 0.0; 0.1 is usual"),
+        ({"router": "dense-to-sparse"}, r"top_k must be 1 with router dense-to-sparse, got 2"),
         ({"seed": -1}, r"must be at least 0, got 0.01 and -1"),
     ],
 )
@@ -125,3 +129,49 @@ def test_copies_cannot_teach_themselves(tmp_path):
     # Copies grow apart: the router sends them different tokens.
     down_EDF = moe_layers(trained)[0].experts.down_proj
     assert not torch.equal(down_EDF[0], down_EDF[1])
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_alike_copies_of_any_gate_that_sums_to_one_are_the_dense_model(top_k):
+    model, _ = convert(top_k=top_k, active=float(top_k))
+    spread, _ = convert(top_k=top_k, active=float(top_k), diversify="noise", amount=0.01)
+    with torch.no_grad():
+        want = dense_model(LLAMA)(random_ids()).logits
+        torch.testing.assert_close(model(random_ids()).logits, want, atol=1e-5, rtol=1e-5)
+        gap = (spread(random_ids()).logits - want).abs().max()
+    assert 1e-5 < gap < 0.5
+
+
+def test_masks_take_their_share_and_differ():
+    model, _ = convert(top_k=1, active=1.0, diversify="mask", amount=0.3)
+    plain, _ = convert(top_k=1, active=1.0)
+    seen = []
+    for layer, before in zip(moe_layers(model), moe_layers(plain), strict=True):
+        for name in ("gate_up_proj", "down_proj"):
+            masked, whole = getattr(layer.experts, name), getattr(before.experts, name)
+            gone = masked == 0
+            assert torch.equal(masked[~gone], whole[~gone])
+            seen += list(gone)
+    share = torch.cat([gone.flatten() for gone in seen]).double().mean().item()
+    assert share == pytest.approx(0.3, abs=0.01)
+    assert all(not torch.equal(a, b) for a, b in pairwise(seen) if a.shape == b.shape)
+    again, _ = convert(top_k=1, active=1.0, diversify="mask", amount=0.3)
+    same_state(model, again)
+
+
+def test_what_was_masked_trains_on_from_zero(tmp_path):
+    model, _ = convert(
+        top_k=1,
+        active=1.0,
+        diversify="mask",
+        router="dense-to-sparse",
+        router_options={"soft_steps": 2},
+    )
+    gone = [layer.experts.down_proj == 0 for layer in moe_layers(model)]
+    config = TrainConfig(
+        tokens=64, batch_blocks=2, active=0.0, distill=0.0, language=1.0, trains="everything"
+    )
+    trained, _ = train(model, make_text(), config, tmp_path)
+    for layer, zero in zip(moe_layers(trained), gone, strict=True):
+        assert layer.router.clock.step() == 2
+        assert layer.experts.down_proj[zero].count_nonzero() > 0.9 * zero.sum()

@@ -9,12 +9,16 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = (
     "adamoe",
     "alf_lb",
+    "comet",
     "deepseekmoe",
     "dsmoe",
     "dynamic_routing_top_p",
+    "evomoe",
+    "hecto",
     "moe_plus_plus",
     "moge",
     "selective_sinkhorn",
+    "sigma_moe_tiny",
     "sonicmoe",
 )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nn_cases import dense_weights, make_router, router_options, tokens
+from nn_cases import dense_weights, end_schedules, make_router, router_options, tokens
 
 from moesaic._errors import InputError
 from moesaic.nn.layer import LayerConfig, MoELayer
@@ -79,11 +79,17 @@ def test_training_and_evaluation_weigh_alike(name):
     elif "batch-in-training" in ROUTERS[name].abilities:
         # It then decides by other tokens too, but scores alike.
         assert torch.equal(train.scores_TE, evaluate.scores_TE)
+    elif "scheduled" in ROUTERS[name].abilities:
+        # Training begins otherwise and ends as evaluation always is.
+        assert not torch.equal(train.weights_TE(), evaluate.weights_TE())
+        end_schedules(router)
+        for training in (True, False):
+            assert torch.equal(router.train(training)(h_TD).weights_TE(), evaluate.weights_TE())
     else:
         assert torch.equal(train.weights_TE(), evaluate.weights_TE())
         assert torch.equal(train.active_TE(), evaluate.active_TE())
     # Otherwise nothing was decided.
-    assert 0 < train.active_TE().sum() < 63 * E
+    assert 0 < evaluate.active_TE().sum() < 63 * E
 
 
 @pytest.mark.parametrize("estimator", ["straight-through", "hard", "hard-skip"])
@@ -111,6 +117,22 @@ def test_permuting_tokens_permutes_the_routing(name):
     )
 
 
+@torch.no_grad()
+def exchange_siblings(router):
+    """Exchange the leaves of the last split of every tree; gives the new order."""
+    trees, last = router.config.num_trees, E - 2
+    walk = router._walk
+    left, right = walk.index(E - 2), walk.index(E - 1)
+    order_E = torch.arange(E)
+    order_E[[left, right]] = order_E[[right, left]]
+    for parameter in (router.weight, router.bias):
+        each = parameter.unflatten(0, (trees, E))
+        each.copy_(each[:, order_E].clone())
+    for parameter in (router.split_weight, router.split_bias):
+        parameter.unflatten(0, (trees, E - 1))[:, last] *= -1
+    return order_E
+
+
 @each_router
 def test_renumbering_experts_renumbers_the_routing(name):
     router, h_TD = make_router(name, E), tokens(63)
@@ -119,8 +141,11 @@ def test_renumbering_experts_renumbers_the_routing(name):
     if "groups" in ROUTERS[name].abilities:
         # Neighbours stay together, whichever their number.
         order_E = torch.arange(E).flip(0)
+    if "trees" in ROUTERS[name].abilities:
+        # A tree stays itself where two leaves of one split, and its sides, change places.
+        order_E = exchange_siblings(router)
     with torch.no_grad():
-        for parameter in router.parameters():
+        for parameter in () if "trees" in ROUTERS[name].abilities else router.parameters():
             # Rows after E are those of null experts.
             parameter[:E] = parameter[:E][order_E].clone()
             if parameter.shape[1:] == (E,):
@@ -176,7 +201,7 @@ def test_plain_routers_ignore_the_state(name):
         return
     router, h_TD = make_router(name, E), tokens(63)
     alone = router(h_TD)
-    state = RouterState(previous=alone, progress=0.5)
+    state = RouterState(previous=alone)
     assert torch.equal(router(h_TD, state).weights_TE(), alone.weights_TE())
 
 
@@ -188,6 +213,30 @@ def test_routing_is_pure(name):
     assert torch.equal(first.weights_TE(), second.weights_TE())
     for key, value in router.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in ROUTERS if "scheduled" in ROUTERS[name].abilities]
+)
+def test_schedules_follow_the_steps_and_are_saved(name):
+    router, h_TD = make_router(name, E).train(), tokens(63)
+    first = seeded(router, h_TD)
+    for _ in range(3):
+        router.end_step()
+    again = make_router(name, E, seed=5).train()
+    again.load_state_dict(router.state_dict())
+    assert again.clock.step() == 3
+    assert torch.equal(seeded(again, h_TD).weights_TE(), seeded(router, h_TD).weights_TE())
+    end_schedules(router)
+    last = seeded(router, h_TD)
+    assert not torch.equal(last.weights_TE(), first.weights_TE())
+    # Evaluation does not ask how far training has come.
+    evaluated = router.eval()(h_TD)
+    router.clock.reset_parameters()
+    assert torch.equal(router(h_TD).weights_TE(), evaluated.weights_TE())
+    router.end_step()
+    router.reset_parameters()
+    assert router.clock.step() == 0
 
 
 @each_router
@@ -234,7 +283,9 @@ def test_fresh_weights_are_small_and_differ(name):
     before = router.weight.detach().clone()
     router.reset_parameters()
     assert not torch.equal(router.weight, before)
-    assert router.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    # Leaves of trees are uniform within 0.05.
+    std = 0.05 / 3**0.5 if "trees" in ROUTERS[name].abilities else 0.02
+    assert router.weight.std().item() == pytest.approx(std, rel=0.1)
     assert f"experts={E}" in router.extra_repr()
 
 
@@ -248,6 +299,23 @@ def test_fresh_weights_are_small_and_differ(name):
         ("data-selection", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("data-selection", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("data-selection", {"capacity": 1.5}, r"capacity must be in \(0, 1\], got 1.5; 1 is"),
+        (
+            "dense-to-sparse",
+            {"soft_steps": -1},
+            r"soft_steps must be at least 0, got -1; 0 is none",
+        ),
+        (
+            "dense-to-sparse",
+            {"threshold": 1.0},
+            r"threshold must be in \[0, 1\), got 1.0; 0.001 is",
+        ),
+        ("dense-to-sparse", {"threshold": 0.5}, r"below 1 / num_experts=0.1667, got 0.5; else a"),
+        (
+            "dense-to-sparse",
+            {"temperature": {"start": 1.0, "end": 0.0, "steps": 1}},
+            r"temperature must start and end above 0, got 1.0 and 0.0; 2 and 0.3 are usual",
+        ),
+        ("dense-to-sparse", {"temperature": {"start": 1.0}}, r"temperature lacks the option 'end'"),
         ("grouped-top-k", {"num_groups": 0}, r"num_groups must be at least 1, got 0"),
         ("grouped-top-k", {"num_groups": 4}, r"num_groups must divide num_experts=6, got 4"),
         ("grouped-top-k", {"per_group": 0}, r"per_group must be at least 1, got 0"),
@@ -271,6 +339,27 @@ def test_fresh_weights_are_small_and_differ(name):
             {"num_null": 2, "top_k": 9},
             r"top_k must be in \[1, num_experts \+ num_null=8\], got 9",
         ),
+        ("permutation-search", {"router": "topk"}, r"router 'topk' is unknown; did you mean"),
+        ("permutation-search", {"options": {"top_k": 7}}, r"top_k must be in \[1, num_experts=6\]"),
+        ("permutation-search", {"search_steps": -1}, r"search_steps must be at least 0, got -1; 0"),
+        ("permutation-search", {"noise": -1.0}, r"must be at least 0, got 0.0001 and -1.0"),
+        (
+            "permutation-search",
+            {"router": "zero-computation"},
+            r"router must have no free experts, got 'zero-computation'",
+        ),
+        ("progressive-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
+        (
+            "progressive-top-k",
+            {"early_top_k": 7},
+            r"early_top_k must be in \[1, num_experts=6\], got 7",
+        ),
+        (
+            "progressive-top-k",
+            {"top_k": 3, "early_top_k": 2},
+            r"early_top_k must be at least top_k=3, got 2; equal is no early stage",
+        ),
+        ("progressive-top-k", {"early_steps": -1}, r"early_steps must be at least 0, got -1; 0 is"),
         ("selective-sinkhorn", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("selective-sinkhorn", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("selective-sinkhorn", {"probability": 2.0}, r"probability must be in \[0, 1\], got 2.0"),
@@ -298,6 +387,14 @@ def test_fresh_weights_are_small_and_differ(name):
         ("zero-computation", {"top_k": 0}, r"top_k must be at least 1, got 0; 2 is usual"),
         ("zero-computation", {"top_k": 11}, r"top_k must be in \[1, num_experts=10\], got 11"),
         ("zero-computation", {"num_copy": -1}, r"must be at least 0, got 1, -1, 2; 1, 1 and 2"),
+        ("soft-trees", {"num_trees": 0}, r"num_trees must be at least 1, got 0; 2 is usual"),
+        ("soft-trees", {"gamma": 0.0}, r"gamma must be above 0, got 0.0; 1 is usual"),
+        ("soft-trees", {"entropy_coef": -1.0}, r"entropy_coef must be at least 0, got -1.0"),
+        ("straight-through-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
+        ("straight-through-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
+        ("straight-through-top-k", {"temperature": 0.0}, r"temperature must be above 0, got 0.0"),
+        ("straight-through-top-k", {"soft_steps": -1}, r"soft_steps must be at least 0, got -1; 0"),
+        ("straight-through-top-k", {"weight": "on"}, r"'on' is unknown; did you mean one"),
         ("token-rounding", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("token-rounding", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("token-rounding", {"tile_rows": 0}, r"tile_rows must be at least 1, got 0; 128 is"),

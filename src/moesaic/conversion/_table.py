@@ -40,7 +40,7 @@ CONVERSIONS = MethodTable(
             target="moesaic.conversion.sparse_upcycling:convert_sparse_upcycling",
             config="moesaic.conversion.sparse_upcycling:SparseUpcycling",
             summary="Experts are copies of the FFN, whole or pruned, chosen by a random router",
-            paper="Sparse Upcycling, arXiv 2212.05055",
+            paper="Sparse Upcycling, arXiv 2212.05055; EvoMoE, arXiv 2112.14397",
             abilities=frozenset({"fixed-k"}),
         ),
         MethodInfo(

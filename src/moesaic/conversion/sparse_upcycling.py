@@ -5,6 +5,10 @@ top-k, training of everything. With weights that sum to one the first model is t
 every layer is upcycled, where the paper takes every other one; and copies of a network that FLAP
 (arXiv 2312.11983) pruned first, for a budget below that of the dense model.
 
+Copies that differ a little, and a router that starts dense, are EvoMoE, arXiv 2112.14397: it trains
+one expert first, copies it, masks random weights of every copy, which then train on from zero, and
+lets a gate go from all experts to one. The part that it masks is not known to us.
+
 Copies are not parts: a token that uses k whole copies does k times the work of the dense network,
 so `active` is k, and only pruned copies come down to a fraction. All experts on is not the dense
 model, so the converted model cannot be its own teacher.
@@ -16,10 +20,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +35,7 @@ from moesaic.calibration.fluctuation import fluctuation, mean_output
 from moesaic.calibration.stats import CalibrationStats
 from moesaic.conversion._layers import Cut, convert_layers, expert_layer
 from moesaic.models.ffn import FFN
-from moesaic.nn.layer import LayerConfig, moe_layers
+from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +51,24 @@ class SparseUpcycling:
             copied then.
         renormalize: Whether the weights of the chosen copies sum to one. Without it (the paper's
             language models) the output starts smaller than the dense one.
+        router: `topk-softmax`, or `dense-to-sparse`, which needs `top_k` 1 and ends there.
+        router_options: More settings of that router.
+        diversify: What makes copies differ at first: `mask` sets random weights of each copy to
+            zero, `noise` adds normal numbers, `none` leaves them alike.
+        amount: Part of the weights that are masked, or the noise over the root mean square of the
+            weights.
         balance_coef: Weight of the load balance loss in training; 0.01 is usual.
-        seed: Of the random routers.
+        seed: Of the random routers, and of what makes copies differ.
     """
 
     copies: int = 8
     top_k: int = 2
     active: float = 2.0
     renormalize: bool = True
+    router: Literal["topk-softmax", "dense-to-sparse"] = "topk-softmax"
+    router_options: Mapping[str, Any] = field(default_factory=dict)
+    diversify: Literal["none", "mask", "noise"] = "none"
+    amount: float = 0.1
     balance_coef: float = 0.01
     seed: int = 0
 
@@ -68,6 +82,10 @@ class SparseUpcycling:
                 f"active must be in (0, top_k={self.top_k}], got {self.active}; at top_k copies "
                 "are whole"
             )
+        if self.router != "topk-softmax" and self.top_k != 1:
+            raise InputError(f"top_k must be 1 with router {self.router}, got {self.top_k}; set 1")
+        if not 0.0 < self.amount < 1.0:
+            raise InputError(f"amount must be in (0, 1), got {self.amount}; 0.1 is usual")
         if self.balance_coef < 0 or self.seed < 0:
             raise InputError(
                 f"balance_coef and seed must be at least 0, got {self.balance_coef} and {self.seed}"
@@ -112,6 +130,11 @@ def convert_sparse_upcycling(
         store=store,
         progress=progress,
     )
+    for index, layer in enumerate(moe_layers(model)):
+        # All at once at the end: what an interrupted conversion keeps are the copies.
+        _diversify(layer, config, index)
+    # Masked weights train on from zero, where those that pruning took stay there.
+    model.config.moesaic["zeros_train"] = config.diversify == "mask"
     return model, {
         "router": "random, untrained",
         "copy_widths": [layer.config.width for layer in moe_layers(model)],
@@ -135,14 +158,34 @@ def copy_width(config: SparseUpcycling, dense_width: int) -> int:
     )
 
 
+@torch.no_grad()
+def _diversify(layer: MoELayer, config: SparseUpcycling, index: int) -> None:
+    """Make the copies of a layer differ, each in its own way."""
+    if config.diversify == "none":
+        return
+    assert layer.experts is not None
+    draw = torch.Generator().manual_seed(config.seed * 10_007 + index)
+    weights = layer.experts.weights()
+    for tensor in (weights.up, weights.down):
+        if config.diversify == "mask":
+            gone = torch.rand(tensor.shape, generator=draw) < config.amount
+            tensor.masked_fill_(gone.to(tensor.device), 0.0)
+        else:
+            noise = torch.randn(tensor.shape, generator=draw).to(tensor)
+            tensor.add_(noise * tensor.float().square().mean().sqrt() * config.amount)
+
+
 def _describe(ffn: FFN, config: SparseUpcycling) -> LayerConfig:
     width = copy_width(config, ffn.width)
+    options: dict[str, Any] = dict(config.router_options)
+    if config.router == "topk-softmax":
+        options = {"top_k": config.top_k, "renormalize": config.renormalize, **options}
     return expert_layer(
         ffn,
         num_experts=config.copies,
         width=width,
-        router="topk-softmax",
-        router_options={"top_k": config.top_k, "renormalize": config.renormalize},
+        router=config.router,
+        router_options=options,
         output_bias=ffn.down_bias_D is not None or width < ffn.width,
     )
 

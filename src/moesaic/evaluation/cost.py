@@ -148,7 +148,7 @@ def _matrices(model: nn.Module) -> int:
         if layer.router is not None:
             total += sum(
                 p.numel()
-                for name, p in layer.router.named_parameters(recurse=False)
+                for name, p in layer.router.named_parameters()
                 if p.dim() == 2 and name not in layer.router.training_only
             )
     return total

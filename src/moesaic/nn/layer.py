@@ -17,6 +17,7 @@ from moesaic._config import build_config
 from moesaic._errors import InputError
 from moesaic.nn.bypass import Bypass
 from moesaic.nn.experts._base import Experts, ExpertsConfig
+from moesaic.nn.experts._mixed import MixedExperts
 from moesaic.nn.experts._table import EXPERTS
 from moesaic.nn.free import FreeExperts
 from moesaic.nn.routers._base import Router, RouterState
@@ -35,8 +36,8 @@ class LayerConfig:
         output_bias: Whether a bias is added to the output, whatever is on.
         router: Name of the router; empty when there are no routed experts.
         router_options: Its settings.
-        experts: Name of the kind of experts.
-        experts_options: Its settings beyond the activation and the biases.
+        experts: Name of the kind of experts, or one name for each expert.
+        experts_options: Settings of that kind, if it is one, beyond the activation and the biases.
         activation: Name of the activation.
         bias: Whether the up products have a bias.
         expert_bias: Whether each expert's output has a bias, which its weight scales; the shared
@@ -50,7 +51,7 @@ class LayerConfig:
     output_bias: bool = False
     router: str = ""
     router_options: Mapping[str, Any] = field(default_factory=dict)
-    experts: str = "gated"
+    experts: str | tuple[str, ...] = "gated"
     experts_options: Mapping[str, Any] = field(default_factory=dict)
     activation: str = "silu"
     bias: bool = False
@@ -66,6 +67,21 @@ class LayerConfig:
             )
         if self.num_experts and not self.router:
             raise InputError(f"a layer of {self.num_experts} experts needs a router; name one")
+        if not isinstance(self.experts, str) and len(self.experts) != self.num_experts:
+            raise InputError(
+                f"experts must be one kind or one for each of the num_experts={self.num_experts}, "
+                f"got {len(self.experts)}; name as many"
+            )
+        if not isinstance(self.experts, str) and self.experts_options:
+            raise InputError(
+                "experts_options must be empty where experts differ in kind, got "
+                f"{sorted(self.experts_options)}; name one kind"
+            )
+        if not isinstance(self.experts, str) and self.shared_width:
+            raise InputError(
+                f"shared_width must be 0 where experts differ in kind, got {self.shared_width}; "
+                "name one kind"
+            )
 
 
 class MoELayer(nn.Module):
@@ -83,7 +99,6 @@ class MoELayer(nn.Module):
         super().__init__()
         self.config = config
         self.dim = dim
-        make_experts: type[Experts] = EXPERTS.load(config.experts)
         self.router: Router | None = None
         self.experts: Experts | None = None
         self.shared: Experts | None = None
@@ -94,15 +109,9 @@ class MoELayer(nn.Module):
                 where=f"router {config.router}",
             )
             self.router = ROUTERS.load(config.router)(dim, config.num_experts, settings)
-            routed = _experts_config(
-                config, config.experts, config.experts_options, down_bias=config.expert_bias
-            )
-            self.experts = make_experts(dim, config.num_experts, config.width, routed)
+            self.experts = _make_experts(dim, config)
         if config.shared_width:
-            kind = make_experts.shared_kind or config.experts
-            self.shared = EXPERTS.load(kind)(
-                dim, 1, config.shared_width, _experts_config(config, kind, {}, down_bias=False)
-            )
+            self.shared = _make_shared(dim, config)
         self.free: FreeExperts | None = None
         if self.router is not None and self.router.free_experts:
             self.free = FreeExperts(dim, self.router.free_experts)
@@ -116,7 +125,7 @@ class MoELayer(nn.Module):
 
         Args:
             h: Inputs, [..., D].
-            state: What some routers need of other layers or steps.
+            state: What some routers and experts need beyond the token.
 
         Returns:
             Outputs, in the shape and dtype of h.
@@ -125,17 +134,17 @@ class MoELayer(nn.Module):
         out_TD: Tensor | None = None
         if self.router is not None and self.experts is not None:
             if self.all_on:
-                out_TD = self.experts(h_TD, None)
+                out_TD = self.experts(h_TD, None, state)
             else:
                 if h.dim() > 2:
                     state = replace(state or RouterState(), length=h.shape[-2])
                 routing = self.router(h_TD, state)
-                out_TD = self.experts(h_TD, routing)
+                out_TD = self.experts(h_TD, routing, state)
                 if self.free is not None:
                     assert routing.free_weights_TZ is not None, "its router has free experts"
                     out_TD = out_TD + self.free(h_TD, routing.free_weights_TZ)
         if self.shared is not None:
-            shared_TD = self.shared(h_TD, None)
+            shared_TD = self.shared(h_TD, None, state)
             out_TD = shared_TD if out_TD is None else out_TD + shared_TD
         if out_TD is None:
             out_TD = torch.zeros_like(h_TD)
@@ -147,7 +156,31 @@ class MoELayer(nn.Module):
         return out_TD.reshape(h.shape)
 
 
-def _experts_config(
+def _make_experts(dim: int, config: LayerConfig) -> Experts:
+    """The routed experts of a layer."""
+    if not isinstance(config.experts, str):
+        options = ExpertsConfig(
+            activation=config.activation, bias=config.bias, down_bias=config.expert_bias
+        )
+        return MixedExperts(dim, config.experts, config.width, options)
+    settings = _settings(
+        config, config.experts, config.experts_options, down_bias=config.expert_bias
+    )
+    experts: Experts = EXPERTS.load(config.experts)(dim, config.num_experts, config.width, settings)
+    return experts
+
+
+def _make_shared(dim: int, config: LayerConfig) -> Experts:
+    """The part of a layer that is always on."""
+    assert isinstance(config.experts, str), "the config refuses a shared part of several kinds"
+    kind = EXPERTS.load(config.experts).shared_kind or config.experts
+    shared: Experts = EXPERTS.load(kind)(
+        dim, 1, config.shared_width, _settings(config, kind, {}, down_bias=False)
+    )
+    return shared
+
+
+def _settings(
     config: LayerConfig, kind: str, options: Mapping[str, Any], *, down_bias: bool
 ) -> ExpertsConfig:
     """Settings of a kind of experts: those that all have, and its own."""
@@ -164,7 +197,9 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 
 
 def end_step(model: nn.Module) -> None:
-    """Tell every router that an optimiser step has ended; some move a bias by its loads.
+    """Tell every router that an optimiser step has ended.
+
+    Some move a bias by its loads, some follow a schedule.
 
     `moesaic.train` and `moesaic.training.EndStep`, a callback for the Trainer of transformers, do
     this; a training loop of one's own calls it after `optimizer.step()`.
@@ -202,8 +237,10 @@ def pass_state(model: nn.Module) -> Iterator[None]:
     last: list[Routing] = []
 
     def give(layer: MoELayer, args: Any, options: dict[str, Any]) -> Any:
-        state = RouterState(previous=last[0] if last else None)
-        return args, {**options, "state": state}
+        # What the caller gives beside it stays.
+        given = [*args[1:], options.get("state"), RouterState()]
+        state = next(state for state in given if state is not None)
+        return args[:1], {"state": replace(state, previous=last[0] if last else None)}
 
     def keep(router: nn.Module, args: object, routing: Routing) -> None:
         last[:] = [routing]

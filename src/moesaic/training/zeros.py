@@ -31,9 +31,12 @@ def pruned_zeros(model: nn.Module) -> list[nn.Parameter]:
 
     Returns:
         Parameters [E, ..., ...] of the routed experts and shared parts in which more than one
-        weight in a hundred is zero.
+        weight in a hundred is zero; none where the conversion put zeros there to train.
     """
-    found = []
+    found: list[nn.Parameter] = []
+    moesaic = getattr(getattr(model, "config", None), "moesaic", None) or {}
+    if moesaic.get("zeros_train"):
+        return found
     for layer in moe_layers(model):
         for part in (layer.experts, layer.shared):
             if part is None:

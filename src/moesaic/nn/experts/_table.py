@@ -16,6 +16,15 @@ EXPERTS = MethodTable(
             config="moesaic.nn.experts._base:ExpertsConfig",
             summary="down(act(gate h) * (up h)): Llama, Mistral, Qwen, Gemma, Phi, OLMo",
             paper="GLU variants, arXiv 2002.05202",
+            abilities=frozenset({"feed-forward"}),
+        ),
+        MethodInfo(
+            name="gru",
+            target="moesaic.nn.experts.gru:GruExperts",
+            config="moesaic.nn.experts._base:ExpertsConfig",
+            summary="A GRU over the sequence behind the token; its last state, mapped",
+            paper="Hecto, arXiv 2506.22919",
+            abilities=frozenset({"sequences"}),
         ),
         MethodInfo(
             name="latent-gated",
@@ -23,7 +32,7 @@ EXPERTS = MethodTable(
             config="moesaic.nn.experts.latent:LatentExpertsConfig",
             summary="Gated experts whose groups share a projection into a latent space",
             paper="Mixture of Latent Experts, arXiv 2503.23100",
-            abilities=frozenset({"factors"}),
+            abilities=frozenset({"factors", "feed-forward"}),
         ),
         MethodInfo(
             name="plain",
@@ -31,6 +40,7 @@ EXPERTS = MethodTable(
             config="moesaic.nn.experts._base:ExpertsConfig",
             summary="down(act(up h)): GPT-2, OPT, GPT-NeoX",
             paper="Transformer, arXiv 1706.03762, section 3.3",
+            abilities=frozenset({"feed-forward"}),
         ),
         MethodInfo(
             name="thresholded-gated",
@@ -38,6 +48,7 @@ EXPERTS = MethodTable(
             config="moesaic.nn.experts._base:ExpertsConfig",
             summary="Gated experts that leave out inputs and neurons under a threshold",
             paper="TEAL, arXiv 2408.14690",
+            abilities=frozenset({"feed-forward"}),
         ),
         MethodInfo(
             name="thresholded-plain",
@@ -45,6 +56,7 @@ EXPERTS = MethodTable(
             config="moesaic.nn.experts._base:ExpertsConfig",
             summary="Plain experts that leave out inputs and neurons under a threshold",
             paper="TEAL, arXiv 2408.14690",
+            abilities=frozenset({"feed-forward"}),
         ),
     ],
 )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moesaic._errors import InputError
 from moesaic.nn.experts._base import Experts, ExpertsConfig
+from moesaic.nn.routers._base import RouterState
 from moesaic.nn.routing import Routing
 from moesaic.ops.weights import ExpertWeights, activation
 
@@ -123,13 +124,15 @@ class LatentGatedExperts(Experts):
             down_bias=self.down_proj_bias,
         )
 
-    def forward(self, h_TD: Tensor, routing: Routing | None = None) -> Tensor:
+    def forward(
+        self, h_TD: Tensor, routing: Routing | None = None, state: RouterState | None = None
+    ) -> Tensor:
         """Sum the weighted outputs of each token's experts, [T, D]; without routing, of all.
 
         A backend other than `auto`, and packed weights, use the factors multiplied out.
         """
         if routing is None or self.backend != "auto" or self.packed is not None:
-            return super().forward(h_TD, routing)
+            return super().forward(h_TD, routing, state)
         held_TE = _held(routing)
         weights_TE = routing.weights_TE()
         # A sum over slots in bfloat16 would round once per slot.

@@ -8,6 +8,14 @@ LOSSES = MethodTable(
     "loss",
     [
         MethodInfo(
+            name="diversity",
+            target="moesaic.nn.losses.diversity:diversity_loss",
+            config="moesaic.nn.losses._base:LossConfig",
+            summary="Divergence of the mean probability from the same for all experts",
+            paper="Hecto, arXiv 2506.22919",
+            abilities=frozenset({"softmax"}),
+        ),
+        MethodInfo(
             name="entropy",
             target="moesaic.nn.losses.entropy:entropy_loss",
             config="moesaic.nn.losses._base:LossConfig",
@@ -44,7 +52,7 @@ LOSSES = MethodTable(
             config="moesaic.nn.losses._base:LossConfig",
             summary="Squared variation of the expected number of tokens over experts",
             paper="Sparsely-gated MoE, arXiv 1701.06538",
-            abilities=frozenset({"noise-in-training"}),
+            abilities=frozenset({"chances"}),
         ),
         MethodInfo(
             name="load-balance",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +16,23 @@ from torch import Tensor, nn
 from moesaic._errors import InputError
 from moesaic.nn.free import FreeKind
 from moesaic.nn.routing import Routing
+from moesaic.nn.schedules._base import StepClock
+from moesaic.nn.sequences import Sequences
 
 
 @dataclass(frozen=True, slots=True)
 class RouterState:
-    """What some routers need beyond the token: other layers, other steps.
+    """What some routers and experts need beyond the token.
 
     Attributes:
         previous: Routing of the layer before, or none in the first.
-        progress: Part of the training done, in [0, 1].
         length: S, where the tokens are those of whole sequences of S, one after another.
+        sequences: The sequence behind each token, for experts that read one.
     """
 
     previous: Routing | None = None
-    progress: float = 0.0
     length: int | None = None
+    sequences: Sequences | None = None
 
 
 class Router(nn.Module, ABC):
@@ -50,8 +52,8 @@ class Router(nn.Module, ABC):
     free_experts: tuple[FreeKind, ...] = ()
     needs_previous: bool = False
     reads_sequences: bool = False
-    training_only: ClassVar[frozenset[str]] = frozenset()
-    score_gate: ClassVar[Literal["softmax", "sigmoid"] | None] = None
+    training_only: frozenset[str] = frozenset()
+    score_gate: Literal["softmax", "sigmoid"] | None = None
 
     @abstractmethod
     def forward(self, h_TD: Tensor, state: RouterState | None = None) -> Routing:
@@ -62,7 +64,10 @@ class Router(nn.Module, ABC):
         """Draw fresh weights."""
 
     def end_step(self) -> None:
-        """Act on the loads of the optimiser step that just ended; most routers do nothing."""
+        """Act on the optimiser step that just ended; most routers do nothing.
+
+        Some move a bias by its loads; those with a schedule count it on their `StepClock`.
+        """
 
 
 class LinearRouter(Router, ABC):
@@ -81,8 +86,11 @@ class LinearRouter(Router, ABC):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw small random rows."""
+        """Draw small random rows; schedules start anew."""
         nn.init.normal_(self.weight, std=0.02)
+        for child in self.children():
+            if isinstance(child, StepClock):
+                child.reset_parameters()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,10 +108,12 @@ class TopKConfig:
             raise InputError(f"top_k must be at least 1, got {self.top_k}; choose 1 to num_experts")
 
 
-def check_top_k(top_k: int, num_experts: int) -> None:
+def check_top_k(top_k: int, num_experts: int, field: str = "top_k") -> None:
     """Refuse to choose more experts than there are."""
     if top_k > num_experts:
-        raise InputError(f"top_k must be in [1, num_experts={num_experts}], got {top_k}; lower it")
+        raise InputError(
+            f"{field} must be in [1, num_experts={num_experts}], got {top_k}; lower it"
+        )
 
 
 def linear_scores(h_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:

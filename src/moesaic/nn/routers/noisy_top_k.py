@@ -12,7 +12,7 @@ Shapes: T tokens, D model width, E experts, K experts per token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as nnf
@@ -61,9 +61,9 @@ class NoisyTopK(Router):
         config: Settings.
     """
 
-    training_only: ClassVar[frozenset[str]] = frozenset({"noise"})
+    training_only = frozenset({"noise"})
     # With a single slot its weights are all alike and do not tell.
-    score_gate: ClassVar[Literal["softmax", "sigmoid"] | None] = "softmax"
+    score_gate = "softmax"
 
     def __init__(self, dim: int, num_experts: int, config: NoisyTopKConfig) -> None:
         check_top_k(config.top_k, num_experts)

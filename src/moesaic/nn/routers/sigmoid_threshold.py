@@ -10,7 +10,7 @@ Shapes: T tokens, D model width, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class SigmoidThreshold(Router):
         config: Settings.
     """
 
-    score_gate: ClassVar[Literal["softmax", "sigmoid"] | None] = "sigmoid"
+    score_gate = "sigmoid"
 
     def __init__(self, dim: int, num_experts: int, config: SigmoidThresholdConfig) -> None:
         super().__init__()
