@@ -146,11 +146,7 @@ def _matrices(model: nn.Module) -> int:
             total += module.num_experts * _expert(module, biases=False)
     for layer in moe_layers(model):
         if layer.router is not None:
-            total += sum(
-                p.numel()
-                for name, p in layer.router.named_parameters(recurse=False)
-                if p.dim() == 2 and name not in layer.router.training_only
-            )
+            total += layer.router.num_multiplied()
     return total
 
 

@@ -75,7 +75,7 @@ class Decoder:
         if length < 1 or slots < 1:
             raise InputError(f"length and slots must be at least 1, got {length} and {slots}")
         layout = layout_of(model)
-        _check_experts(model)
+        _check_layers(model)
         library.library()
         model.eval()
         self.config: Any = model.config
@@ -328,13 +328,22 @@ def _check_kind(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.
         )
 
 
-def _check_experts(model: nn.Module) -> None:
-    """Refuse kinds of experts that compute more than their weights say: native code reads those."""
+def _check_layers(model: nn.Module) -> None:
+    """Refuse what native code does not do.
+
+    It reads the weights of experts and computes no more than they say, and it asks a router about
+    one layer alone.
+    """
     for i, layer in enumerate(moe_layers(model)):
         if layer.free is not None:
             raise InputError(
                 f"layer {i} has free experts ({', '.join(layer.free.kinds)}), which have no native "
                 "code; generate with transformers"
+            )
+        if layer.router is not None and layer.router.needs_previous:
+            raise InputError(
+                f"layer {i} has the router {layer.config.router!r}, which hears the layer before "
+                "and has no native code; generate with transformers"
             )
         for part in (layer.experts, layer.shared):
             own = part is not None and (

@@ -30,7 +30,14 @@ from moesaic.models.remote import write_code
 from moesaic.nn.bypass import Bypass
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.free import FreeExperts
-from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers, pass_state, record_routing
+from moesaic.nn.layer import (
+    LayerConfig,
+    MoELayer,
+    link_layers,
+    moe_layers,
+    pass_state,
+    record_routing,
+)
 from moesaic.nn.losses._table import LOSSES
 from moesaic.nn.routers._base import Router
 from moesaic.nn.routing import Routing
@@ -58,6 +65,7 @@ class MoesaicMixin:
         for layer, values in zip(decoder_layers(self), self.config.moesaic["layers"], strict=True):
             config = build_config(LayerConfig, values, where="config.moesaic.layers")
             put_layer(layer, row, MoELayer(self.config.hidden_size, config))
+        link_layers(self)
         self.attach_losses()
 
     def attach_losses(self) -> None:

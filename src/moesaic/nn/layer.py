@@ -144,6 +144,18 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
+def link_layers(model: nn.Module) -> None:
+    """Let the layers take hold of what they share, such as one recurrent cell for all routers.
+
+    A model of `moesaic.models` does this itself; for layers of one's own it is called once, when
+    all are made. What is shared stays with the layer that owns it: it is saved once.
+    """
+    layers = moe_layers(model)
+    routers = [layer.router for layer in layers if layer.router is not None]
+    for router in routers:
+        router.link(routers)
+
+
 def end_step(model: nn.Module) -> None:
     """Tell every router that an optimiser step has ended; some move a bias by its loads.
 

@@ -32,6 +32,7 @@ class Routing:
         aux: Scalar losses that only the router itself can compute, by name.
         free_weights_TZ: Weights of the experts without neurons that stand beside the E, [T, Z],
             zero where not chosen; they take no slot. None where the router has none.
+        memory_TM: What a router with a memory hands to that of the next layer, [T, M].
     """
 
     ids_TK: Tensor
@@ -40,6 +41,7 @@ class Routing:
     num_experts: int
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     free_weights_TZ: Tensor | None = None
+    memory_TM: Tensor | None = None
 
     def weights_TE(self) -> Tensor:
         """Weight of every expert for every token, [T, E]."""

@@ -64,6 +64,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"top-k", "noise-in-training"}),
         ),
         MethodInfo(
+            name="recurrent-top-k",
+            target="moesaic.nn.routers.recurrent_top_k:RecurrentTopK",
+            config="moesaic.nn.routers.recurrent_top_k:RecurrentTopKConfig",
+            summary="Top-k of a recurrent state that a token carries from layer to layer",
+            paper="RMoE, arXiv 2408.06793",
+            abilities=frozenset({"softmax", "top-k"}),
+        ),
+        MethodInfo(
             name="selective-sinkhorn",
             target="moesaic.nn.routers.selective_sinkhorn:SelectiveSinkhorn",
             config="moesaic.nn.routers.selective_sinkhorn:SelectiveSinkhornConfig",
