@@ -1,4 +1,7 @@
-"""What evidence scripts share: a byte-level Llama of a few layers, its text, and its training.
+"""What evidence scripts share: a byte-level Llama of a few layers, its text, its training.
+
+A script holds what is its own: its ways, what it measures of one seed, and its claims. `Frame`
+makes and trains its models, `Seeds` and `verdict` help to judge, and `run` does the rest.
 
 Shapes: B sequences, S positions.
 """
@@ -10,7 +13,8 @@ import datetime
 import json
 import math
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +24,17 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
+from moesaic._config import to_plain
 from moesaic.data import DataConfig, load_documents
 from moesaic.evaluation import machine_info
 from moesaic.models.architectures import ARCHITECTURES
 from moesaic.models.modeling import moesaic_classes
-from moesaic.nn.layer import end_step, moe_layers, record_routing
+from moesaic.nn.layer import LayerConfig, end_step, moe_layers, record_routing
 
 VOCAB = 256
+# Numbers of steps, windows of held-out text and the like.
+Sizes = Mapping[str, int]
+Judge = Callable[[dict[str, Any]], tuple[dict[str, bool], str]]
 
 
 def tiny_llama(seed: int, *, layers: int = 4, dim: int = 128, width: int = 512) -> PreTrainedModel:
@@ -53,17 +61,17 @@ def tiny_config(*, layers: int = 4, dim: int = 128, width: int = 512) -> LlamaCo
 
 
 def tiny_mixture(
-    config: LlamaConfig, layer: dict[str, Any] | list[dict[str, Any]], losses: dict[str, Any]
+    config: LlamaConfig, layer: LayerConfig | Sequence[LayerConfig], losses: Mapping[str, Any]
 ) -> Any:
     """Make a Llama whose networks are MoE layers with fresh weights, alike or one by one."""
     config_class, model_class = moesaic_classes(ARCHITECTURES["llama"])
     values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
-    layers = layer if isinstance(layer, list) else [layer] * config.num_hidden_layers
-    moesaic = {"layers": layers, "losses": losses}
+    layers = [layer] * config.num_hidden_layers if isinstance(layer, LayerConfig) else layer
+    moesaic = {"layers": [to_plain(one) for one in layers], "losses": dict(losses)}
     return model_class(config_class(**values, moesaic=moesaic))
 
 
-def text_bytes(num_train: int, num_held: int) -> tuple[Tensor, Tensor]:
+def text_bytes(num_train: int = 400_000, num_held: int = 60_000) -> tuple[Tensor, Tensor]:
     """Bytes of Python's documentation, split between documents."""
     documents = load_documents(DataConfig(sources=("builtin:docs",)))
     joined = "\n\n".join(document.text for document in documents).encode()
@@ -159,9 +167,125 @@ def skew_routers(model: Any, num_favourites: int, factor: float) -> None:
         layer.router.weight[:num_favourites] *= factor
 
 
-def arguments(name: str, argv: Sequence[str] | None) -> argparse.Namespace:
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """Sizes of the small Llama that most scripts train on text, and that training.
+
+    Attributes:
+        layers: Decoder layers.
+        dim: Model width.
+        length: S, bytes in a window of text.
+        batch: B, windows in a step.
+        rate: Largest learning rate of the cosine.
+    """
+
+    layers: int = 2
+    dim: int = 32
+    length: int = 48
+    batch: int = 12
+    rate: float = 3e-3
+
+    def config(self) -> dict[str, Any]:
+        """The sizes, for the result."""
+        return asdict(self)
+
+    def mixture(
+        self,
+        seed: int,
+        layer: LayerConfig | Sequence[LayerConfig],
+        losses: Mapping[str, Any] | None = None,
+        width: int | None = None,
+    ) -> Any:
+        """Make a Llama of MoE layers with fresh weights, alike or one by one.
+
+        `width` is the intermediate size in the config, that of the first layer's experts unless
+        given. No weight has it, but the draw of the weights depends on it.
+        """
+        torch.manual_seed(seed)
+        first = layer if isinstance(layer, LayerConfig) else layer[0]
+        config = tiny_config(layers=self.layers, dim=self.dim, width=width or first.width)
+        return tiny_mixture(config, layer, losses or {})
+
+    def train(
+        self,
+        model: Any,
+        seed: int,
+        steps: int,
+        after: Callable[[int, list[Any]], None] | None = None,
+    ) -> None:
+        """Train on windows of the text, which are the same for the same seed."""
+        data, _ = text_bytes()
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw() -> Tensor:
+            return batch(data, self.batch, self.length, generator)
+
+        optimise(model, draw, steps, self.rate, after)
+
+    def validate(self, model: Any, windows: int) -> tuple[float, list[float]]:
+        """Loss in nats per byte of held-out text, and mean active experts of every layer."""
+        return validate(model, text_bytes()[1], self.length, windows)
+
+    def loads(self, model: Any, windows: int) -> list[float]:
+        """Load of the busiest expert over the mean on held-out text, for every layer."""
+        return max_over_mean(model, text_bytes()[1], self.length, windows)
+
+
+class Seeds:
+    """Results of all seeds, read by way and measure; what is given by layer counts as its mean."""
+
+    def __init__(self, results: Mapping[str, Any]) -> None:
+        self.all = results["seeds"]
+
+    def values(self, way: str, measure: str) -> list[float]:
+        """One number a seed."""
+        return [float(np.mean(seed[way][measure])) for seed in self.all]
+
+    def mean(self, way: str, measure: str) -> float:
+        """Mean over seeds."""
+        return float(np.mean(self.values(way, measure)))
+
+
+def verdict(holds: Mapping[str, bool]) -> str:
+    """How a sentence begins: which claims did not come out."""
+    missed = [claim for claim, true in holds.items() if not true]
+    found = f"not at this scale: {'; '.join(missed)}" if missed else "all came out at this scale"
+    return f"The card's predictions: {found}"
+
+
+def run(
+    system: str,
+    argv: Sequence[str] | None,
+    one_seed: Callable[[int, Sizes], dict[str, Any]],
+    judge: Judge,
+    *,
+    config: Mapping[str, Any],
+    sizes: Sizes,
+    num_seeds: int = 3,
+) -> dict[str, Any]:
+    """Measure every seed, judge, and write the result; with `--quick` one seed of a few steps.
+
+    Args:
+        system: Id in the catalog.
+        argv: Arguments, those of the process if None.
+        one_seed: From a seed and the sizes to what was measured, by way.
+        judge: From all results to the claims and the sentence.
+        config: What the result says of the setting, beside the sizes.
+        sizes: What `--quick` makes small: steps, and `windows` of held-out text.
+        num_seeds: Seeds, from 0 on.
+    """
+    options = arguments(system, argv)
+    if options.quick:
+        sizes = {name: 8 if name == "windows" else 3 for name in sizes}
+        num_seeds = 1
+    seeds = [{"seed": seed, **one_seed(seed, sizes)} for seed in range(num_seeds)]
+    results = {"seeds": seeds}
+    return write_result(system, options.out, {**config, **sizes}, results, *judge(results))
+
+
+def arguments(system: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse `--quick` and `--out`."""
-    parser = argparse.ArgumentParser(description=f"Evidence for {name}.")
+    parser = argparse.ArgumentParser(description=f"Evidence for {system}.")
     parser.add_argument("--quick", action="store_true", help="a few steps, to test the script")
     parser.add_argument("--out", type=Path, help="where the result goes")
     torch.set_num_threads(1)
@@ -171,7 +295,7 @@ def arguments(name: str, argv: Sequence[str] | None) -> argparse.Namespace:
 def write_result(
     system: str,
     out: Path | None,
-    config: dict[str, Any],
+    config: Mapping[str, Any],
     results: dict[str, Any],
     holds: dict[str, bool],
     sentence: str,
@@ -184,7 +308,7 @@ def write_result(
         "date": datetime.date.today().isoformat(),
         "machine": machine_info(),
         "commit": head.stdout.strip(),
-        "config": config,
+        "config": dict(config),
         "results": results,
         "holds": holds,
         "sentence": sentence,

@@ -14,17 +14,18 @@ import numpy as np
 import torch
 
 from evidence._common import (
-    arguments,
+    Seeds,
+    Sizes,
     batch,
     optimise,
+    run,
     text_bytes,
     tiny_config,
     tiny_llama,
     tiny_mixture,
     validate,
-    write_result,
+    verdict,
 )
-from moesaic._config import to_plain
 from moesaic.nn.layer import LayerConfig, moe_layers, record_routing
 
 EXPERTS, NULL, SLOTS, LENGTH, BALANCE = 8, 8, 3, 64, 1e-2
@@ -37,7 +38,7 @@ def upcycle(dense: Any) -> Any:
         num_experts=EXPERTS, width=WIDTH, router="topk-softmax", router_options={"top_k": 2}
     )
     losses = {"load-balance": {"coef": BALANCE}}
-    model = tiny_mixture(tiny_config(dim=DIM, width=WIDTH), to_plain(layer), losses)
+    model = tiny_mixture(tiny_config(dim=DIM, width=WIDTH), layer, losses)
     rest = {k: v for k, v in dense.state_dict().items() if ".mlp." not in k}
     model.load_state_dict(rest, strict=False)
     with torch.no_grad():
@@ -57,7 +58,7 @@ def add_null_experts(model: Any) -> Any:
         router_options={"num_null": NULL, "top_k": SLOTS},
     )
     losses = {"null-balance": {"coef": BALANCE}}
-    wider = tiny_mixture(tiny_config(dim=DIM, width=WIDTH), to_plain(layer), losses)
+    wider = tiny_mixture(tiny_config(dim=DIM, width=WIDTH), layer, losses)
     state = model.state_dict()
     for name in [name for name in state if name.endswith("router.weight")]:
         state[name] = torch.cat([state[name], state[name][:NULL]])
@@ -75,9 +76,9 @@ def token_load(model: Any, held: torch.Tensor) -> dict[str, float]:
     return {"mean": float(load_LT.mean()), "std": float(load_LT.mean(0).std())}
 
 
-def one_seed(seed: int, sizes: dict[str, int]) -> dict[str, Any]:
+def one_seed(seed: int, sizes: Sizes) -> dict[str, Any]:
     """Upcycle, then train on with and without null experts."""
-    train, held = text_bytes(400_000, 60_000)
+    train, held = text_bytes()
     generator = torch.Generator().manual_seed(seed)
 
     def draw() -> torch.Tensor:
@@ -87,7 +88,7 @@ def one_seed(seed: int, sizes: dict[str, int]) -> dict[str, Any]:
     optimise(dense, draw, sizes["pretrain_steps"], 2e-3)
     start = upcycle(dense)
     optimise(start, draw, sizes["warm_steps"], 1e-3)
-    out: dict[str, Any] = {"seed": seed}
+    out: dict[str, Any] = {}
     null = add_null_experts(start)
     for name, model in (("top-2", start), ("null", null)):
         generator.manual_seed(1000 + seed)
@@ -99,37 +100,32 @@ def one_seed(seed: int, sizes: dict[str, int]) -> dict[str, Any]:
 
 def judge(results: dict[str, Any]) -> tuple[dict[str, bool], str]:
     """Hold the card's predictions to the means over seeds."""
-    seeds = results["seeds"]
-    load = float(np.mean([s["null"]["load"]["mean"] for s in seeds]))
-    spread = float(np.mean([s["null"]["load"]["std"] for s in seeds]))
-    base, ours = (float(np.mean([s[way]["loss"] for s in seeds])) for way in ("top-2", "null"))
+    seeds = Seeds(results)
+    load = float(np.mean([seed["null"]["load"]["mean"] for seed in seeds.all]))
+    spread = float(np.mean([seed["null"]["load"]["std"] for seed in seeds.all]))
+    base, ours = seeds.mean("top-2", "loss"), seeds.mean("null", "loss")
     holds = {
         "the load is below 2": load < 2.0,
         "tokens differ in their load": spread > 0.0,
         "the loss is within 0.03 nats of top-2": ours < base + 0.03,
     }
-    missed = [claim for claim, true in holds.items() if not true]
-    verdict = "all came out at this scale" if not missed else f"not at this scale: {missed[0]}"
     return holds, (
-        f"The card's predictions: {verdict}; null experts use {load:.2f} of 8 experts a token "
+        f"{verdict(holds)}; null experts use {load:.2f} of 8 experts a token "
         f"(spread {spread:.2f}) at a loss of {ours:.3f} nats per byte, top-2 has {base:.3f}."
     )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the script."""
-    options = arguments("AdaMoE", argv)
-    sizes = {
-        "pretrain_steps": 3 if options.quick else 300,
-        "warm_steps": 3 if options.quick else 50,
-        "steps": 3 if options.quick else 200,
-        "windows": 8 if options.quick else 96,
-    }
-    seeds = (0,) if options.quick else (0, 1)
-    results = {"seeds": [one_seed(seed, sizes) for seed in seeds]}
-    holds, sentence = judge(results)
-    config = {"experts": EXPERTS, "null": NULL, "slots": SLOTS, "length": LENGTH, **sizes}
-    return write_result("adamoe", options.out, config, results, holds, sentence)
+    return run(
+        "adamoe",
+        argv,
+        one_seed,
+        judge,
+        config={"experts": EXPERTS, "null": NULL, "slots": SLOTS, "length": LENGTH},
+        sizes={"pretrain_steps": 300, "warm_steps": 50, "steps": 200, "windows": 96},
+        num_seeds=2,
+    )
 
 
 if __name__ == "__main__":

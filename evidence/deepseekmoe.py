@@ -12,24 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evidence._common import (
-    arguments,
-    batch,
-    optimise,
-    text_bytes,
-    tiny_config,
-    tiny_mixture,
-    validate,
-    write_result,
-)
-from moesaic._config import to_plain
+from evidence._common import Frame, Seeds, Sizes, run, text_bytes, verdict
 from moesaic.nn.layer import LayerConfig, moe_layers, record_routing
 
-LAYERS, DIM, WIDTH, LENGTH, BATCH, BALANCE, RATE = 2, 48, 24, 48, 12, 1e-2, 3e-3
+FRAME = Frame(dim=48)
+WIDTH, BALANCE = 24, 1e-2
 
 
 def layer(top_k: int, *, fine: bool) -> LayerConfig:
@@ -43,31 +33,31 @@ def layer(top_k: int, *, fine: bool) -> LayerConfig:
     )
 
 
-def build(top_k: int, *, fine: bool) -> Any:
+def build(seed: int, top_k: int, *, fine: bool) -> Any:
     """Make one of the models, with the paper's loss."""
     losses = {"load-balance": {"coef": BALANCE, "share_of": "choices"}}
-    config = tiny_config(layers=LAYERS, dim=DIM, width=4 * WIDTH)
-    return tiny_mixture(config, to_plain(layer(top_k, fine=fine)), losses)
+    return FRAME.mixture(seed, layer(top_k, fine=fine), losses, 4 * WIDTH)
 
 
 @torch.no_grad()
-def ablate(model: Any, held: Tensor, windows: int) -> dict[str, float]:
+def ablate(model: Any, windows: int) -> dict[str, float]:
     """Loss without the shared expert and one more routed, and without the busiest routed one."""
-    wider = build(8, fine=True)
+    wider = build(0, 8, fine=True)
     wider.load_state_dict(model.state_dict())
     for moe in moe_layers(wider):
         assert moe.shared is not None
         moe.shared.weights().down.zero_()
-    shared, _ = validate(wider, held, LENGTH, windows)
+    _, held = text_bytes()
+    shared, _ = FRAME.validate(wider, windows)
     with record_routing(model) as routings:
-        model(input_ids=held[: 16 * LENGTH].reshape(16, LENGTH), use_cache=False)
+        model(input_ids=held[: 16 * FRAME.length].reshape(16, FRAME.length), use_cache=False)
     busiest = [int(routing.counts_E().argmax()) for routing in routings]
     handles = [
         moe.router.register_forward_hook(without(expert))
         for moe, expert in zip(moe_layers(model), busiest, strict=True)
         if moe.router is not None
     ]
-    routed, _ = validate(model, held, LENGTH, windows)
+    routed, _ = FRAME.validate(model, windows)
     for handle in handles:
         handle.remove()
     return {"without shared": shared, "without a routed one": routed}
@@ -86,68 +76,49 @@ def without(expert: int) -> Any:
     return choose_again
 
 
-def one_seed(seed: int, sizes: dict[str, int]) -> dict[str, Any]:
+def one_seed(seed: int, sizes: Sizes) -> dict[str, Any]:
     """Train both models on the same text and ablate the second."""
-    train, held = text_bytes(400_000, 60_000)
-    out: dict[str, Any] = {"seed": seed}
+    out: dict[str, Any] = {}
     for name, top_k, fine in (("coarse", 2, False), ("fine", 7, True)):
-        torch.manual_seed(seed)
-        model = build(top_k, fine=fine)
-        generator = torch.Generator().manual_seed(seed)
-        draw = batch(train, BATCH * sizes["steps"], LENGTH, generator).split(BATCH)
-        optimise(model, iter(draw).__next__, sizes["steps"], RATE)
-        loss, experts = validate(model, held, LENGTH, sizes["windows"])
+        model = build(seed, top_k, fine=fine)
+        FRAME.train(model, seed, sizes["steps"])
+        loss, experts = FRAME.validate(model, sizes["windows"])
         weights = sum(p.numel() for p in model.parameters())
         out[name] = {"loss": loss, "experts": experts, "weights": weights}
-    out["fine"] |= ablate(model, held, sizes["windows"])
+    out["fine"] |= ablate(model, sizes["windows"])
     return out
 
 
 def judge(results: dict[str, Any]) -> tuple[dict[str, bool], str]:
     """Hold the card's predictions to the means over seeds."""
-
-    def mean(way: str, key: str) -> float:
-        return float(np.mean([seed[way][key] for seed in results["seeds"]]))
-
-    coarse, fine = mean("coarse", "loss"), mean("fine", "loss")
-    shared = mean("fine", "without shared") - fine
-    routed = mean("fine", "without a routed one") - fine
-    better = sum(seed["fine"]["loss"] < seed["coarse"]["loss"] for seed in results["seeds"])
+    seeds = Seeds(results)
+    coarse, fine = seeds.mean("coarse", "loss"), seeds.mean("fine", "loss")
+    shared = seeds.mean("fine", "without shared") - fine
+    routed = seeds.mean("fine", "without a routed one") - fine
+    better = sum(seed["fine"]["loss"] < seed["coarse"]["loss"] for seed in seeds.all)
     holds = {
         "fine experts and a shared one reach a lower loss": fine < coarse,
-        "they do on every seed": better == len(results["seeds"]),
+        "they do on every seed": better == len(seeds.all),
         "losing the shared expert costs over twice a routed one": shared > 2 * max(routed, 0.0),
     }
-    missed = [claim for claim, true in holds.items() if not true]
-    verdict = (
-        "all came out at this scale" if not missed else f"not at this scale: {'; '.join(missed)}"
-    )
     return holds, (
-        f"The card's predictions: {verdict}; 1 shared and 7 of 31 fine experts reach {fine:.3f} "
+        f"{verdict(holds)}; 1 shared and 7 of 31 fine experts reach {fine:.3f} "
         f"nats per byte where 2 of 8 coarse ones reach {coarse:.3f}, lower on {better} of "
-        f"{len(results['seeds'])} seeds; without its shared expert the loss rises by {shared:.3f}, "
+        f"{len(seeds.all)} seeds; without its shared expert the loss rises by {shared:.3f}, "
         f"without its busiest routed one by {routed:.3f}."
     )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the script."""
-    options = arguments("DeepSeekMoE", argv)
-    sizes = {"steps": 3 if options.quick else 250, "windows": 8 if options.quick else 64}
-    seeds = (0,) if options.quick else (0, 1, 2)
-    results = {"seeds": [one_seed(seed, sizes) for seed in seeds]}
-    holds, sentence = judge(results)
-    config = {
-        "layers": LAYERS,
-        "dim": DIM,
-        "fine_width": WIDTH,
-        "length": LENGTH,
-        "batch": BATCH,
-        "balance": BALANCE,
-        "rate": RATE,
-        **sizes,
-    }
-    return write_result("deepseekmoe", options.out, config, results, holds, sentence)
+    return run(
+        "deepseekmoe",
+        argv,
+        one_seed,
+        judge,
+        config={**FRAME.config(), "fine_width": WIDTH, "balance": BALANCE},
+        sizes={"steps": 250, "windows": 64},
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ layers should use more than the last.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,25 +16,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evidence._common import arguments, optimise, tiny_config, tiny_mixture, write_result
-from moesaic._config import to_plain
+from evidence._common import Frame, Seeds, Sizes, optimise, run, verdict
 from moesaic.nn.layer import LayerConfig, record_routing
 
-EXPERTS, LENGTH, THRESHOLD, BALANCE = 8, 64, 0.4, 1e-2
+FRAME = Frame(layers=4, dim=128, length=64, batch=16, rate=1e-3)
+EXPERTS, THRESHOLD, BALANCE = 8, 0.4, 1e-2
 # The paper's 1e-4 belongs to 100 billion tokens; a run of minutes needs a stronger pull.
 ENTROPIES = (0.0, 1e-2)
 
 
 def draw_text(size: int, generator: torch.Generator, kind: str | None = None) -> Tensor:
     """Draw sequences of the counting language, the adding one, or half of each."""
-    ids_BS = torch.empty(size, LENGTH, dtype=torch.long)
+    ids_BS = torch.empty(size, FRAME.length, dtype=torch.long)
     ids_BS[:, :2] = torch.randint(97, (size, 2), generator=generator)
-    restart_BS = torch.rand(size, LENGTH, generator=generator) < 0.15
-    fresh_BS = torch.randint(97, (size, LENGTH), generator=generator)
-    for s in range(2, LENGTH):
+    restart_BS = torch.rand(size, FRAME.length, generator=generator) < 0.15
+    fresh_BS = torch.randint(97, (size, FRAME.length), generator=generator)
+    for s in range(2, FRAME.length):
         ids_BS[:, s] = (ids_BS[:, s - 1] + ids_BS[:, s - 2]) % 97
         ids_BS[:, s] = torch.where(restart_BS[:, s], fresh_BS[:, s], ids_BS[:, s])
-    count_BS = 128 + (ids_BS[:, :1] + torch.arange(LENGTH)) % 97
+    count_BS = 128 + (ids_BS[:, :1] + torch.arange(FRAME.length)) % 97
     if kind is None:
         counting_B1 = torch.arange(size)[:, None] % 2 == 0
         return torch.where(counting_B1, count_BS, ids_BS)
@@ -42,9 +43,8 @@ def draw_text(size: int, generator: torch.Generator, kind: str | None = None) ->
 
 def build(router: str, options: dict[str, Any], losses: dict[str, Any], seed: int) -> Any:
     """Make the model with one of the routers."""
-    torch.manual_seed(seed)
     layer = LayerConfig(num_experts=EXPERTS, width=128, router=router, router_options=options)
-    return tiny_mixture(tiny_config(), to_plain(layer), losses)
+    return FRAME.mixture(seed, layer, losses, 512)
 
 
 @torch.no_grad()
@@ -71,9 +71,9 @@ def measure(model: Any, seed: int) -> dict[str, Any]:
     }
 
 
-def one_seed(seed: int, steps: int) -> dict[str, Any]:
+def one_seed(seed: int, sizes: Sizes) -> dict[str, Any]:
     """Train top-p with and without the entropy loss, and top-2, on the same text."""
-    found: dict[str, Any] = {"seed": seed}
+    found: dict[str, Any] = {}
     balance = {"load-balance": {"coef": BALANCE}}
     ways: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         f"top-p, entropy {beta:g}": (
@@ -87,55 +87,52 @@ def one_seed(seed: int, steps: int) -> dict[str, Any]:
     for name, (router, options, losses) in ways.items():
         generator = torch.Generator().manual_seed(seed)
         model = build(router, options, losses, seed)
-        optimise(model, lambda g=generator: draw_text(16, g), steps, 1e-3)
+        draw = functools.partial(draw_text, FRAME.batch, generator)
+        optimise(model, draw, sizes["steps"], FRAME.rate)
         found[name] = measure(model, seed)
     return found
 
 
 def judge(results: dict[str, Any]) -> tuple[dict[str, bool], str]:
     """Hold the card's predictions to the means over seeds."""
-
-    def mean(way: str, key: str) -> float:
-        return float(np.mean([seed[way][key] for seed in results["seeds"]]))
-
+    seeds = Seeds(results)
     free, paid = (f"top-p, entropy {beta:g}" for beta in ENTROPIES)
-    layers_L = np.mean([seed[paid]["experts_per_layer"] for seed in results["seeds"]], axis=0)
+    layers_L = np.mean([seed[paid]["experts_per_layer"] for seed in seeds.all], axis=0)
     holds = {
-        "the entropy loss lowers the number of experts": mean(paid, "experts")
-        < mean(free, "experts"),
-        "at a similar loss (within 0.05 nats)": mean(paid, "loss") < mean(free, "loss") + 0.05,
+        "the entropy loss lowers the number of experts": seeds.mean(paid, "experts")
+        < seeds.mean(free, "experts"),
+        "at a similar loss (within 0.05 nats)": seeds.mean(paid, "loss")
+        < seeds.mean(free, "loss") + 0.05,
         "the first layer uses more experts than the last": bool(layers_L[0] > layers_L[-1]),
     }
-    adding = float(np.mean([seed[paid]["adding"]["loss"] for seed in results["seeds"]]))
+    adding = float(np.mean([seed[paid]["adding"]["loss"] for seed in seeds.all]))
     holds["the harder language is learned at all"] = adding < 0.9 * float(np.log(97))
-    missed = [claim for claim, true in holds.items() if not true]
-    verdict = (
-        "all came out at this scale" if not missed else f"not at this scale: {'; '.join(missed)}"
-    )
     return holds, (
-        f"The card's predictions: {verdict}; {mean(free, 'experts'):.2f} experts at loss "
-        f"{mean(free, 'loss'):.3f} without the entropy loss, {mean(paid, 'experts'):.2f} at "
-        f"{mean(paid, 'loss'):.3f} with it, top-2 reaches {mean('top-2', 'loss'):.3f}; the adding "
-        f"language stays at {adding:.2f} where a guess costs {np.log(97):.2f}."
+        f"{verdict(holds)}; {seeds.mean(free, 'experts'):.2f} experts at loss "
+        f"{seeds.mean(free, 'loss'):.3f} without the entropy loss, "
+        f"{seeds.mean(paid, 'experts'):.2f} at {seeds.mean(paid, 'loss'):.3f} with it, top-2 "
+        f"reaches {seeds.mean('top-2', 'loss'):.3f}; the adding language stays at {adding:.2f} "
+        f"where a guess costs {np.log(97):.2f}."
     )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the script."""
-    options = arguments("dynamic routing", argv)
-    steps = 3 if options.quick else 300
-    seeds = (0,) if options.quick else (0, 1)
-    results = {"seeds": [one_seed(seed, steps) for seed in seeds]}
-    holds, sentence = judge(results)
-    config = {
-        "experts": EXPERTS,
-        "threshold": THRESHOLD,
-        "balance": BALANCE,
-        "entropies": list(ENTROPIES),
-        "steps": steps,
-        "length": LENGTH,
-    }
-    return write_result("dynamic-routing-top-p", options.out, config, results, holds, sentence)
+    return run(
+        "dynamic-routing-top-p",
+        argv,
+        one_seed,
+        judge,
+        config={
+            "experts": EXPERTS,
+            "threshold": THRESHOLD,
+            "balance": BALANCE,
+            "entropies": list(ENTROPIES),
+            "length": FRAME.length,
+        },
+        sizes={"steps": 300},
+        num_seeds=2,
+    )
 
 
 if __name__ == "__main__":

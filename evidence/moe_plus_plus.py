@@ -12,28 +12,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from evidence._common import (
-    arguments,
-    batch,
-    optimise,
-    text_bytes,
-    tiny_config,
-    tiny_mixture,
-    validate,
-    write_result,
-)
-from moesaic._config import to_plain
+from evidence._common import Frame, Seeds, Sizes, run, verdict
 from moesaic.nn.layer import LayerConfig
 
-LAYERS, DIM, WIDTH, EXPERTS, TOP_K, FREE = 2, 32, 32, 8, 2, 4
+FRAME = Frame()
+WIDTH, EXPERTS, TOP_K, FREE = 32, 8, 2, 4
 # The paper's beta is 0.01 over far more steps; balance has to act within hundreds.
-LENGTH, BATCH, RATE, BALANCE = 48, 12, 3e-3, 0.1
+BALANCE = 0.1
 TAUS = (1.0, 0.75, 0.1)
+WAYS: dict[str, float | None] = {f"tau {tau:g}": tau for tau in TAUS} | {"plain": None}
 
 
-def build(tau: float | None) -> Any:
+def build(tau: float | None, seed: int) -> Any:
     """Make the model, plain where there is no tau."""
     options: dict[str, Any] = {"top_k": TOP_K}
     router = "zero-computation"
@@ -43,25 +34,20 @@ def build(tau: float | None) -> Any:
         # The same loss but for a factor E.
         losses = {"load-balance": {"coef": BALANCE / EXPERTS}}
     layers = []
-    for index in range(LAYERS):
+    for index in range(FRAME.layers):
         if tau is not None:
             options = {**options, "residual": index > 0}
         layers.append(
-            to_plain(
-                LayerConfig(num_experts=EXPERTS, width=WIDTH, router=router, router_options=options)
-            )
+            LayerConfig(num_experts=EXPERTS, width=WIDTH, router=router, router_options=options)
         )
-    return tiny_mixture(tiny_config(layers=LAYERS, dim=DIM, width=WIDTH), layers, losses)
+    return FRAME.mixture(seed, layers, losses)
 
 
-def train(tau: float | None, seed: int, sizes: dict[str, int]) -> dict[str, float]:
+def train(tau: float | None, seed: int, sizes: Sizes) -> dict[str, float]:
     """Train one way; its loss and how many networks a token uses, on held-out text."""
-    data, held = text_bytes(400_000, 60_000)
-    torch.manual_seed(seed)
-    model = build(tau)
-    generator = torch.Generator().manual_seed(seed)
-    optimise(model, lambda: batch(data, BATCH, LENGTH, generator), sizes["steps"], RATE)
-    loss, experts = validate(model, held, LENGTH, sizes["windows"])
+    model = build(tau, seed)
+    FRAME.train(model, seed, sizes["steps"])
+    loss, experts = FRAME.validate(model, sizes["windows"])
     return {"loss": loss, "experts": float(np.mean(experts))}
 
 
@@ -72,12 +58,9 @@ def expected(tau: float) -> float:
 
 def judge(results: dict[str, Any]) -> tuple[dict[str, bool], str]:
     """Hold the card's predictions to the means over seeds."""
-
-    def mean(way: str, key: str) -> float:
-        return float(np.mean([seed[way][key] for seed in results["seeds"]]))
-
+    seeds = Seeds(results)
     ways = [f"tau {tau:g}" for tau in TAUS]
-    counts = [mean(way, "experts") for way in ways]
+    counts = [seeds.mean(way, "experts") for way in ways]
     formula = [expected(tau) for tau in TAUS]
     holds = {
         "a smaller tau uses fewer networks": counts == sorted(counts, reverse=True),
@@ -85,52 +68,39 @@ def judge(results: dict[str, Any]) -> tuple[dict[str, bool], str]:
             abs(a - b) for a, b in zip(counts, formula, strict=True)
         )
         < 0.25,
-        "at tau 0.75 the loss is no worse than without free experts (within 0.02 nats)": mean(
+        "at tau 0.75 the loss is no worse than without free experts (within 0.02 nats)": seeds.mean(
             "tau 0.75", "loss"
         )
-        < mean("plain", "loss") + 0.02,
+        < seeds.mean("plain", "loss") + 0.02,
     }
-    missed = [claim for claim, true in holds.items() if not true]
-    verdict = (
-        "all came out at this scale" if not missed else f"not at this scale: {'; '.join(missed)}"
-    )
     found = "; ".join(
-        f"{way}: {count:.2f} networks ({by:.2f} by the formula) at {mean(way, 'loss'):.3f}"
+        f"{way}: {count:.2f} networks ({by:.2f} by the formula) at {seeds.mean(way, 'loss'):.3f}"
         for way, count, by in zip(ways, counts, formula, strict=True)
     )
     return holds, (
-        f"The card's predictions: {verdict}. {found} nats per byte; plain top-{TOP_K} reaches "
-        f"{mean('plain', 'loss'):.3f} with {TOP_K}."
+        f"{verdict(holds)}. {found} nats per byte; plain top-{TOP_K} reaches "
+        f"{seeds.mean('plain', 'loss'):.3f} with {TOP_K}."
     )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the script."""
-    options = arguments("MoE++", argv)
-    sizes = {"steps": 3 if options.quick else 200, "windows": 8 if options.quick else 64}
-    seeds = (0,) if options.quick else (0, 1, 2)
-    ways: dict[str, float | None] = {f"tau {tau:g}": tau for tau in TAUS} | {"plain": None}
-    results = {
-        "seeds": [
-            {"seed": s, **{way: train(tau, s, sizes) for way, tau in ways.items()}} for s in seeds
-        ]
-    }
-    holds, sentence = judge(results)
-    config = {
-        "layers": LAYERS,
-        "dim": DIM,
-        "width": WIDTH,
-        "experts": EXPERTS,
-        "free": FREE,
-        "top_k": TOP_K,
-        "taus": list(TAUS),
-        "length": LENGTH,
-        "batch": BATCH,
-        "rate": RATE,
-        "balance": BALANCE,
-        **sizes,
-    }
-    return write_result("moe-plus-plus", options.out, config, results, holds, sentence)
+    return run(
+        "moe-plus-plus",
+        argv,
+        lambda seed, sizes: {way: train(tau, seed, sizes) for way, tau in WAYS.items()},
+        judge,
+        config={
+            **FRAME.config(),
+            "width": WIDTH,
+            "experts": EXPERTS,
+            "free": FREE,
+            "top_k": TOP_K,
+            "taus": list(TAUS),
+            "balance": BALANCE,
+        },
+        sizes={"steps": 200, "windows": 64},
+    )
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ def test_scripts_run(script, tmp_path, monkeypatch):
     record = script.main(["--quick", "--out", str(tmp_path / "out.json")])
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(record))
     assert (record["holds"], record["sentence"]) == script.judge(record["results"])
+    committed = json.loads((ROOT / "evidence" / f"{script.__name__[9:]}.json").read_text())
+    assert record["config"].keys() == committed["config"].keys()
 
 
 @pytest.mark.parametrize("script", NAMES, indirect=True)
