@@ -10,6 +10,7 @@ import pytest
 
 from moesaic import catalog
 from moesaic._errors import InputError, UnknownNameError
+from moesaic.recipes import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = catalog.systems()
@@ -42,6 +43,7 @@ def test_first_systems_work():
 @pytest.mark.parametrize("system", PLANNED, **IDS)
 def test_planned_row_claims_nothing(system):
     assert (system.uses, system.check, system.evidence) == ((), None, None)
+    assert (system.use_when, system.cost, system.traps, system.example) == ("", "", (), ())
 
 
 @pytest.mark.parametrize("system", WORKS, **IDS)
@@ -65,6 +67,24 @@ def test_working_row_has_evidence_that_says_it_ran(system):
     result = json.loads((ROOT / system.evidence).read_text("utf-8"))
     assert result["system"] == system.id
     assert result["ran"] is True
+
+
+@pytest.mark.parametrize("system", WORKS, **IDS)
+def test_working_row_says_when_to_use_it_and_what_it_costs(system):
+    for text in (system.use_when, system.cost, *system.traps):
+        assert len(text) >= 30, text
+        assert text.endswith(".")
+    assert len(system.traps) >= 2
+
+
+@pytest.mark.parametrize("system", WORKS, **IDS)
+def test_example_of_a_working_row_runs(system):
+    (first, *_) = system.example
+    if first.endswith(".yaml"):
+        assert system.example == (first,)
+        assert read_recipe(ROOT / first).steps
+    else:
+        exec(compile("\n".join(system.example), system.id, "exec"), {})
 
 
 def test_get_finds_a_row_by_id():

@@ -9,12 +9,13 @@ from moesaic._errors import UnknownNameError
 from moesaic._registry import unknown_name
 from moesaic.catalog._system import Status, System
 from moesaic.catalog._tables import method, tables
-from moesaic.catalog.rows import applications, compression, conversion, layers, running
+from moesaic.catalog.rows import applications, compression, conversion, layers, routing, running
 
 __all__ = ["Status", "System", "get", "method", "systems", "tables"]
 
 _SYSTEMS = (
     *conversion.SYSTEMS,
+    *routing.SYSTEMS,
     *layers.SYSTEMS,
     *compression.SYSTEMS,
     *running.SYSTEMS,

@@ -24,6 +24,11 @@ class System:
         uses: Registered parts it is made of, each `family:name`.
         check: Test file or pytest node that shows it is that system.
         evidence: Committed result of its evidence script.
+        use_when: When to use it, and when not, in a sentence or two.
+        cost: What it costs in work, weights and training.
+        traps: What goes wrong with it, a sentence or two each.
+        example: Lines of Python that use it, which a test runs; or the one path of a recipe. This
+            and the three before it are empty until the system works.
     """
 
     id: str
@@ -37,3 +42,7 @@ class System:
     uses: tuple[str, ...] = ()
     check: str | None = None
     evidence: str | None = None
+    use_when: str = ""
+    cost: str = ""
+    traps: tuple[str, ...] = ()
+    example: tuple[str, ...] = ()

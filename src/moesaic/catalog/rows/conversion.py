@@ -21,6 +21,28 @@ SYSTEMS = (
         uses=("conversion:dsmoe", "router:sigmoid-threshold", "experts:gated", "loss:sparsity"),
         check="tests/conversion/test_dsmoe.py",
         evidence="evidence/dsmoe.json",
+        use_when=(
+            "A dense model exists, its compute is too much, and some training is possible: blocks "
+            "are cut out of its own networks and each token switches them on by itself. --preset "
+            "paper is the paper; the defaults are what measured better."
+        ),
+        cost=(
+            "A router of D by n weights a layer. A training step costs what the dense one costs, "
+            "because a block that is off still teaches its gate; the saving is at inference, and "
+            "small models gain little from it."
+        ),
+        traps=(
+            "The start is not the dense model with random gates: expect a loss that training has "
+            "to repair. Routers fitted to block outputs start near it.",
+            "How much is on comes out of training; a comparison at unequal activity means nothing. "
+            "A requested fraction is held by a controller.",
+            "Skipping blocks that are off in training drops the straight-through gradient, which "
+            "is the method; that is the estimator hard-skip, under its own name.",
+            "A gate near the threshold flips the scale n / c; gates are computed in float32.",
+            "Padding belongs in no statistic and in no loss.",
+            "A later, unrelated method, Domain Steering MoE, has the same short name.",
+        ),
+        example=("examples/paper.yaml",),
     ),
     System(
         id="union-of-experts",
