@@ -9,6 +9,7 @@ loss and the most mutual information between the first choices of neighbouring l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def neighbours(model: Any, windows: int) -> float:
     with record_routing(model) as routings:
         model(input_ids=held_windows(FRAME.length, windows), use_cache=False)
     first = [routing.ids_TK[:, 0] for routing in routings]
-    return float(np.mean([information(a, b) for a, b in zip(first, first[1:], strict=False)]))
+    return float(np.mean([information(a, b) for a, b in pairwise(first)]))
 
 
 def train(memory: str | None, seed: int, sizes: Sizes) -> dict[str, float]:
