@@ -237,6 +237,16 @@ def test_free_experts_are_refused():
         Engine(model, length=64)
 
 
+@pytest.mark.parametrize(
+    ("router", "options"),
+    [("recurrent-top-k", {"first": False}), ("stochastic", {"evaluation": "sequence"})],
+)
+def test_routers_that_need_more_than_their_tokens_are_refused(router, options):
+    model = converted(LLAMA, router=router, router_options=options)
+    with pytest.raises(InputError, match=rf"layer 0 has the router '{router}', which needs more"):
+        Engine(model, length=64)
+
+
 def test_rotary_angles_that_move_are_refused():
     model = dense_model(LLAMA)
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}

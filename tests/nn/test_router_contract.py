@@ -17,6 +17,10 @@ from moesaic.nn.routers._base import RouterState
 from moesaic.nn.routers._table import ROUTERS
 
 each_router = pytest.mark.parametrize("name", ROUTERS)
+# Those that decide by the token; the others draw.
+HEARING = [name for name in ROUTERS if "random" not in ROUTERS[name].abilities]
+each_hearing_router = pytest.mark.parametrize("name", HEARING)
+each_random_router = pytest.mark.parametrize("name", [n for n in ROUTERS if n not in HEARING])
 E = 6
 # Parameters whose rows are no experts.
 OF_NO_EXPERT = ("project", "cell.")
@@ -54,8 +58,8 @@ def test_values(name, dtype, num_tokens, num_experts, training):
 def test_half_precision_decides_as_float32_does(name):
     router = make_router(name, E).to(torch.bfloat16)
     h_TD = tokens(63, dtype=torch.bfloat16)
-    expected = copy.deepcopy(router).float()(h_TD.float())
-    for routing in (router(h_TD), autocast(router.float(), h_TD.float())):
+    expected = seeded(copy.deepcopy(router).float(), h_TD.float())
+    for routing in (seeded(router, h_TD), autocast(router.float(), h_TD.float())):
         assert torch.equal(routing.ids_TK, expected.ids_TK)
         assert torch.equal(routing.weights_TK, expected.weights_TK)
 
@@ -68,7 +72,7 @@ def seeded(router, h_TD):
 
 def autocast(router, h_TD):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return router(h_TD)
+        return seeded(router, h_TD)
 
 
 @each_router
@@ -78,8 +82,8 @@ def test_training_and_evaluation_weigh_alike(name):
     if "noise-in-training" in ROUTERS[name].abilities:
         assert not torch.equal(train.scores_TE[:, :E], evaluate.scores_TE)
         assert torch.equal(router(h_TD).scores_TE, evaluate.scores_TE)
-    elif "batch-in-training" in ROUTERS[name].abilities:
-        # It then decides by other tokens too, but scores alike.
+    elif ROUTERS[name].abilities & {"batch-in-training", "random"}:
+        # It then decides by other tokens too, or draws, but scores alike.
         assert torch.equal(train.scores_TE, evaluate.scores_TE)
     else:
         assert torch.equal(train.weights_TE(), evaluate.weights_TE())
@@ -104,7 +108,7 @@ def test_estimators_change_no_value(estimator):
             assert torch.equal(held_TK, expected.active_TE())
 
 
-@each_router
+@each_hearing_router
 def test_permuting_tokens_permutes_the_routing(name):
     router, h_TD = make_router(name, E), tokens(63)
     order_T = torch.randperm(63, generator=torch.Generator().manual_seed(0))
@@ -113,7 +117,7 @@ def test_permuting_tokens_permutes_the_routing(name):
     )
 
 
-@each_router
+@each_hearing_router
 def test_renumbering_experts_renumbers_the_routing(name):
     router, h_TD = make_router(name, E), tokens(63)
     before = router(h_TD)
@@ -135,7 +139,7 @@ def test_renumbering_experts_renumbers_the_routing(name):
     torch.testing.assert_close(after.scores_TE[:, :E], before.scores_TE[:, :E][:, order_E])
 
 
-@each_router
+@each_hearing_router
 def test_tokens_do_not_see_each_other(name):
     router, h_TD = make_router(name, E), tokens(63)
     together = router(h_TD).weights_TE()
@@ -145,7 +149,7 @@ def test_tokens_do_not_see_each_other(name):
     )
 
 
-@each_router
+@each_hearing_router
 @pytest.mark.parametrize("scale", [1.0, 1e4], ids=["ordinary", "saturated"])
 def test_gradients_are_finite(name, scale):
     router, h_TD = make_router(name, E, spread_out=scale).train(), tokens(63).requires_grad_()
@@ -165,8 +169,9 @@ def test_plain_routers_ignore_the_state(name):
     if "stateful" in ROUTERS[name].abilities:
         return
     router, h_TD = make_router(name, E), tokens(63)
-    alone = router(h_TD)
-    state = RouterState(previous=alone, progress=0.5)
+    alone = seeded(router, h_TD)
+    state = RouterState(previous=alone, progress=0.5, num_sequences=3)
+    torch.manual_seed(0)
     assert torch.equal(router(h_TD, state).weights_TE(), alone.weights_TE())
 
 
@@ -178,6 +183,18 @@ def test_routing_is_pure(name):
     assert torch.equal(first.weights_TE(), second.weights_TE())
     for key, value in router.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+@each_random_router
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_draws_are_even_and_repeat_with_the_seed(name, training):
+    router, h_TD = make_router(name, E).train(training), tokens(1)
+    torch.manual_seed(0)
+    draws = [router(h_TD).counts_E() for _ in range(1000)]
+    torch.manual_seed(0)
+    assert all(torch.equal(router(h_TD).counts_E(), counts_E) for counts_E in draws)
+    # Binomial: three deviations of sqrt(1000 * 1/6 * 5/6).
+    assert (torch.stack(draws).sum(0) - 1000 / E).abs().max() < 3 * (1000 / E * (1 - 1 / E)) ** 0.5
 
 
 @each_router
@@ -215,7 +232,7 @@ def test_unknown_setting_names_the_closest(name):
         MoELayer(17, config)
 
 
-@each_router
+@each_hearing_router
 def test_fresh_weights_are_small_and_differ(name):
     config = LayerConfig(
         num_experts=E, width=5, router=name, router_options=router_options(name, E)
@@ -293,6 +310,8 @@ def test_fresh_weights_are_small_and_differ(name):
         ("token-rounding", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("token-rounding", {"tile_rows": 0}, r"tile_rows must be at least 1, got 0; 128 is"),
         ("token-rounding", {"rounding": "uo"}, r"'uo' is unknown; did you mean up"),
+        ("stochastic", {"evaluation": "sequnce"}, r"'sequnce' is unknown; did you mean sequence"),
+        ("stochastic", {"seed": -1}, r"seed must be at least 0, got -1; each gives other draws"),
         ("top-p", {"threshold": 1.1}, r"threshold must be in \[0, 1\], got 1.1"),
         ("topk-softmax", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("topk-softmax", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),

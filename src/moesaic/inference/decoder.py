@@ -340,10 +340,11 @@ def _check_layers(model: nn.Module) -> None:
                 f"layer {i} has free experts ({', '.join(layer.free.kinds)}), which have no native "
                 "code; generate with transformers"
             )
-        if layer.router is not None and layer.router.needs_previous:
+        router = layer.router
+        if router is not None and (router.needs_previous or router.needs_sequences):
             raise InputError(
-                f"layer {i} has the router {layer.config.router!r}, which hears the layer before "
-                "and has no native code; generate with transformers"
+                f"layer {i} has the router {layer.config.router!r}, which needs more than its "
+                "tokens and has no native code; generate with transformers"
             )
         for part in (layer.experts, layer.shared):
             own = part is not None and (

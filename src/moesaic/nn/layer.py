@@ -5,6 +5,7 @@ Shapes: T tokens, D model width, E experts, F width of one expert.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -116,6 +117,7 @@ class MoELayer(nn.Module):
             Outputs, in the shape and dtype of h.
         """
         h_TD = h.reshape(-1, self.dim)
+        state = replace(state or RouterState(), num_sequences=math.prod(h.shape[:-2]))
         out_TD: Tensor | None = None
         if self.router is not None and self.experts is not None:
             if self.all_on:

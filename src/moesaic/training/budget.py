@@ -6,7 +6,7 @@ Shapes: T tokens, E experts, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -48,20 +48,21 @@ class BudgetControl:
 
 
 def active_fraction(
-    routings: Iterable[Routing], shapes: Iterable[LayerShape], mask_T: Tensor | None = None
+    routings: Sequence[Routing], shapes: Sequence[LayerShape], mask_T: Tensor | None = None
 ) -> list[float]:
     """Mean active fraction of each layer with a router, what is always on included.
 
     Args:
-        routings: Of these layers.
+        routings: Of these layers, in one pass over the text or several.
         shapes: Of these layers.
         mask_T: Tokens that count, [T]; all if none.
     """
     fractions = []
-    for routing, shape in zip(routings, shapes, strict=True):
-        tokens = routing.ids_TK.shape[0] if mask_T is None else int(mask_T.sum())
-        experts_on = float(routing.counts_E(mask_T).sum()) / max(1, tokens)
-        fractions.append(shape.fraction(experts_on))
+    for index, shape in enumerate(shapes):
+        passes = routings[index :: len(shapes)]
+        tokens = passes[0].ids_TK.shape[0] if mask_T is None else int(mask_T.sum())
+        experts_on = sum(float(routing.counts_E(mask_T).sum()) for routing in passes)
+        fractions.append(shape.fraction(experts_on / (max(1, tokens) * len(passes))))
     return fractions
 
 

@@ -26,10 +26,12 @@ class RouterState:
     Attributes:
         previous: Routing of the layer before, or none in the first.
         progress: Part of the training done, in [0, 1].
+        num_sequences: B, which the tokens are equal parts of, in turn; none where nobody knows.
     """
 
     previous: Routing | None = None
     progress: float = 0.0
+    num_sequences: int | None = None
 
 
 class Router(nn.Module, ABC):
@@ -39,12 +41,14 @@ class Router(nn.Module, ABC):
         num_experts: E, the real experts.
         free_experts: Kinds of the experts without neurons that it chooses among, too.
         needs_previous: Whether it needs the routing of the layer before, in its state.
+        needs_sequences: Whether it needs the number of sequences there.
         training_only: Names of parameters that take no part in evaluation.
     """
 
     num_experts: int
     free_experts: tuple[FreeKind, ...] = ()
     needs_previous: bool = False
+    needs_sequences: bool = False
     training_only: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod

@@ -96,6 +96,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"sigmoid", "top-k"}),
         ),
         MethodInfo(
+            name="stochastic",
+            target="moesaic.nn.routers.stochastic:Stochastic",
+            config="moesaic.nn.routers.stochastic:StochasticConfig",
+            summary="One expert at random: for the batch in training, then by token or sequence",
+            paper="THOR, arXiv 2110.04260",
+            abilities=frozenset({"random"}),
+        ),
+        MethodInfo(
             name="token-rounding",
             target="moesaic.nn.routers.token_rounding:TokenRounding",
             config="moesaic.nn.routers.token_rounding:TokenRoundingConfig",
