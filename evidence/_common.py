@@ -121,8 +121,11 @@ def optimise(
 def _groups(model: Any, rate: float, router_rate: float | None) -> list[dict[str, Any]]:
     if router_rate is None:
         return [{"params": list(model.parameters()), "lr": rate}]
-    routers = [p for name, p in model.named_parameters() if ".router." in name]
-    others = [p for name, p in model.named_parameters() if ".router." not in name]
+    of_routers = {
+        p for layer in moe_layers(model) for router in layer.routers() for p in router.parameters()
+    }
+    routers = [p for p in model.parameters() if p in of_routers]
+    others = [p for p in model.parameters() if p not in of_routers]
     groups: list[dict[str, Any]] = [{"params": others, "lr": rate}]
     if routers:
         groups.append({"params": routers, "lr": router_rate, "weight_decay": 0.0})

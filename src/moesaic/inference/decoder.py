@@ -346,6 +346,12 @@ def _check_layers(model: nn.Module) -> None:
                 f"layer {i} has the router {layer.config.router!r}, which needs more than its "
                 "tokens and has no native code; generate with transformers"
             )
+        if layer.config.iterations > 1 or layer.config.iteration_residual != "none":
+            raise InputError(
+                f"layer {i} runs {layer.config.iterations} times in a row with residual "
+                f"{layer.config.iteration_residual!r}, which has no native code; generate with "
+                "transformers"
+            )
         for part in (layer.experts, layer.shared):
             own = part is not None and (
                 type(part).forward is not Experts.forward or type(part).dense is not Experts.dense

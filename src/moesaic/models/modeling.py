@@ -140,7 +140,7 @@ class MoesaicMixin:
     def _check_gradient(self, routings: list[Routing]) -> None:
         """Refuse the one form of recomputation that would drop the losses' gradient unsaid."""
         assert isinstance(self, nn.Module)
-        routers = [layer.router for layer in moe_layers(self) if layer.router is not None]
+        routers = [router for layer in moe_layers(self) for router in layer.routers()]
         weights = [p for router in routers for p in router.parameters()]
         all_train = bool(weights) and all(p.requires_grad for p in weights)
         # Routers without weights have no gradient either way.

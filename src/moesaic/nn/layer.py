@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,12 @@ class LayerConfig:
         expert_bias: Whether each expert's output has a bias, which its weight scales; the shared
             part has none of its own, that is `output_bias`.
         bypass_rank: Rank of the linear map that stands in for experts that are off; 0 for none.
+        iterations: Times that the layer runs in a row, routing anew each time (Chain-of-Experts,
+            arXiv 2506.18945). What is shared runs each time, too; no weights are added but routers.
+        iteration_residual: What an iteration gives: its experts alone (`none`), or these and its
+            input (`inner`, the paper). `change` (ours) is `inner` less the input of the layer,
+            where a decoder adds that itself.
+        one_router: Whether all iterations ask the same router; the paper found it worse.
     """
 
     num_experts: int
@@ -55,6 +61,9 @@ class LayerConfig:
     bias: bool = False
     expert_bias: bool = False
     bypass_rank: int = 0
+    iterations: int = 1
+    iteration_residual: Literal["none", "inner", "change"] = "none"
+    one_router: bool = False
 
     def __post_init__(self) -> None:
         sizes = (self.num_experts, self.width, self.shared_width, self.bypass_rank)
@@ -65,6 +74,13 @@ class LayerConfig:
             )
         if self.num_experts and not self.router:
             raise InputError(f"a layer of {self.num_experts} experts needs a router; name one")
+        if self.iterations < 1:
+            raise InputError(f"iterations must be at least 1, got {self.iterations}; 2 is usual")
+        if self.iterations > 1 and not self.num_experts:
+            raise InputError(
+                f"iterations={self.iterations} need routed experts, got num_experts=0; set "
+                "iterations to 1"
+            )
 
 
 class MoELayer(nn.Module):
@@ -89,18 +105,19 @@ class MoELayer(nn.Module):
         self.experts: Experts | None = None
         self.shared: Experts | None = None
         if config.num_experts:
-            settings = build_config(
-                ROUTERS.load_config(config.router),
-                config.router_options,
-                where=f"router {config.router}",
-            )
-            self.router = ROUTERS.load(config.router)(dim, config.num_experts, settings)
+            self.router = self._make_router()
             self.experts = make_experts(dim, config.num_experts, config.width, routed)
         if config.shared_width:
             self.shared = make_experts(dim, 1, config.shared_width, options)
         self.free: FreeExperts | None = None
         if self.router is not None and self.router.free_experts:
             self.free = FreeExperts(dim, self.router.free_experts)
+        # Of the second iteration and those after it.
+        self.later_routers: nn.ModuleList | None = None
+        if config.iterations > 1 and not config.one_router:
+            self.later_routers = nn.ModuleList(
+                self._make_router() for _ in range(config.iterations - 1)
+            )
         self.output_bias = nn.Parameter(torch.zeros(dim)) if config.output_bias else None
         self.bypass = Bypass(dim, config.bypass_rank) if config.bypass_rank else None
         # Set by `all_experts_on`: the layer then is its dense parent.
@@ -118,16 +135,49 @@ class MoELayer(nn.Module):
         """
         h_TD = h.reshape(-1, self.dim)
         state = replace(state or RouterState(), num_sequences=math.prod(h.shape[:-2]))
+        if self.all_on or self.router is None:
+            return self._run(h_TD, None)[0].reshape(h.shape)
+        residual = self.config.iteration_residual
+        x_TD = h_TD
+        for router in self.turns():
+            out_TD, routing = self._run(x_TD, router, state)
+            state = replace(state, previous=routing)
+            x_TD = out_TD if residual == "none" else x_TD + out_TD
+        if residual == "change":
+            x_TD = x_TD - h_TD
+        return x_TD.reshape(h.shape)
+
+    def routers(self) -> list[Router]:
+        """Every router of the layer, once; none where nothing is routed."""
+        later = [] if self.later_routers is None else list(self.later_routers)
+        return [router for router in (self.router, *later) if isinstance(router, Router)]
+
+    def turns(self) -> list[Router]:
+        """The router of every iteration, in their order."""
+        routers = self.routers()
+        return routers * self.config.iterations if len(routers) == 1 else routers
+
+    def _make_router(self) -> Router:
+        name = self.config.router
+        options = build_config(
+            ROUTERS.load_config(name), self.config.router_options, where=f"router {name}"
+        )
+        router: Router = ROUTERS.load(name)(self.dim, self.config.num_experts, options)
+        return router
+
+    def _run(
+        self, h_TD: Tensor, router: Router | None, state: RouterState | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """One iteration; without a router all experts count as one."""
+        routing: Routing | None = None
         out_TD: Tensor | None = None
-        if self.router is not None and self.experts is not None:
-            if self.all_on:
-                out_TD = self.experts(h_TD, None)
-            else:
-                routing = self.router(h_TD, state)
-                out_TD = self.experts(h_TD, routing)
-                if self.free is not None:
-                    assert routing.free_weights_TZ is not None, "its router has free experts"
-                    out_TD = out_TD + self.free(h_TD, routing.free_weights_TZ)
+        if self.experts is not None:
+            if router is not None:
+                routing = router(h_TD, state)
+            out_TD = self.experts(h_TD, routing)
+        if self.free is not None and routing is not None:
+            assert routing.free_weights_TZ is not None, "its router has free experts"
+            out_TD = out_TD + self.free(h_TD, routing.free_weights_TZ)
         if self.shared is not None:
             shared_TD = self.shared(h_TD, None)
             out_TD = shared_TD if out_TD is None else out_TD + shared_TD
@@ -138,7 +188,7 @@ class MoELayer(nn.Module):
         # With all experts on it has nothing to stand in for.
         if self.bypass is not None and not self.all_on:
             out_TD = out_TD + self.bypass(h_TD)
-        return out_TD.reshape(h.shape)
+        return out_TD, routing
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
@@ -152,8 +202,7 @@ def link_layers(model: nn.Module) -> None:
     A model of `moesaic.models` does this itself; for layers of one's own it is called once, when
     all are made. What is shared stays with the layer that owns it: it is saved once.
     """
-    layers = moe_layers(model)
-    routers = [layer.router for layer in layers if layer.router is not None]
+    routers = [router for layer in moe_layers(model) for router in layer.routers()]
     for router in routers:
         router.link(routers)
 
@@ -165,8 +214,8 @@ def end_step(model: nn.Module) -> None:
     this; a training loop of one's own calls it after `optimizer.step()`.
     """
     for layer in moe_layers(model):
-        if layer.router is not None:
-            layer.router.end_step()
+        for router in layer.routers():
+            router.end_step()
 
 
 @contextmanager
@@ -204,11 +253,10 @@ def pass_state(model: nn.Module) -> Iterator[None]:
         last[:] = [routing]
 
     handles = []
-    if any(layer.router.needs_previous for layer in layers if layer.router is not None):
+    if any(router.needs_previous for layer in layers for router in layer.routers()):
         for layer in layers:
-            assert layer.router is not None
             handles.append(layer.register_forward_pre_hook(give, with_kwargs=True))
-            handles.append(layer.router.register_forward_hook(keep))
+            handles.extend(router.register_forward_hook(keep) for router in layer.routers())
     try:
         yield
     finally:
@@ -220,8 +268,8 @@ def pass_state(model: nn.Module) -> Iterator[None]:
 def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     """Collect the routing of every layer that has a router, in the order they run.
 
-    The hooks are gone when the block ends, so a backward pass that recomputes a layer is not
-    recorded twice.
+    A layer of several iterations gives one for each. The hooks are gone when the block ends, so a
+    backward pass that recomputes a layer is not recorded twice.
     """
     routings: list[Routing] = []
 
@@ -229,9 +277,9 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
         routings.append(routing)
 
     handles = [
-        layer.router.register_forward_hook(keep)
+        router.register_forward_hook(keep)
         for layer in moe_layers(model)
-        if layer.router is not None
+        for router in layer.routers()
     ]
     try:
         yield routings

@@ -53,17 +53,20 @@ def active_fraction(
     """Mean active fraction of each layer with a router, what is always on included.
 
     Args:
-        routings: Of these layers, in one pass over the text or several.
+        routings: Of every iteration of these layers, in one pass over the text or several.
         shapes: Of these layers.
         mask_T: Tokens that count, [T]; all if none.
     """
-    fractions = []
-    for index, shape in enumerate(shapes):
-        passes = routings[index :: len(shapes)]
-        tokens = passes[0].ids_TK.shape[0] if mask_T is None else int(mask_T.sum())
-        experts_on = sum(float(routing.counts_E(mask_T).sum()) for routing in passes)
-        fractions.append(shape.fraction(experts_on / (max(1, tokens) * len(passes))))
-    return fractions
+    order = [index for index, shape in enumerate(shapes) for _ in range(shape.iterations)]
+    num_passes = len(routings) // max(1, len(order))
+    experts_on = [0.0] * len(shapes)
+    for index, routing in zip(order * num_passes, routings, strict=True):
+        tokens = routing.ids_TK.shape[0] if mask_T is None else int(mask_T.sum())
+        experts_on[index] += float(routing.counts_E(mask_T).sum()) / max(1, tokens)
+    return [
+        shape.fraction(count / max(1, num_passes))
+        for shape, count in zip(shapes, experts_on, strict=True)
+    ]
 
 
 def sigmoid_routers(model: nn.Module) -> list[SigmoidThreshold]:
