@@ -21,6 +21,8 @@ def router_options(name: str, num_experts: int, **options: Any) -> dict[str, Any
     fields = {field.name: field for field in dataclasses.fields(ROUTERS.load_config(name))}
     if "top_k" in fields:
         options.setdefault("top_k", min(fields["top_k"].default, num_experts))
+    if "early_top_k" in fields:
+        options.setdefault("early_top_k", min(fields["early_top_k"].default, num_experts))
     if "probability" in fields:
         # Else hardly any test would see what is done now and then.
         options.setdefault("probability", 1.0)
@@ -46,6 +48,11 @@ def make_router(
             normal = torch.randn(parameter.shape, generator=draw)
             parameter.copy_(normal * spread_out * dim**-0.5)
     return router.eval()
+
+
+def end_schedules(router: Router) -> None:
+    """Take a router to where training changes nothing more but its weights."""
+    router.clock.steps_done.fill_(10**9)
 
 
 def make_layer(

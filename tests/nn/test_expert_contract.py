@@ -8,12 +8,18 @@ import pytest
 import torch
 from nn_cases import tokens
 
+from moesaic._errors import InputError
 from moesaic.nn.experts._base import ExpertsConfig
 from moesaic.nn.experts._table import EXPERTS
+from moesaic.nn.routers._base import RouterState
 from moesaic.nn.routing import Routing
+from moesaic.nn.sequences import Sequences
 
 E, F, D = 6, 5, 17
 each_kind = pytest.mark.parametrize("name", EXPERTS)
+each_network = pytest.mark.parametrize(
+    "name", [name for name in EXPERTS if "feed-forward" in EXPERTS[name].abilities]
+)
 each_bias = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 
 
@@ -28,6 +34,21 @@ def make(name, *, bias=False, activation="silu", dtype=torch.float64, num_expert
     return experts.to(dtype)
 
 
+def some_state(num_tokens, dtype=torch.float64):
+    """A sequence behind each token, for those that read one."""
+    values_TSD = tokens(num_tokens * 4, D, seed=7, dtype=dtype).reshape(num_tokens, 4, D)
+    return RouterState(sequences=Sequences(values_TSD, torch.arange(num_tokens) % 4 + 1))
+
+
+def gradients_by_expert(experts):
+    """Each expert with the gradient of each of its weights."""
+    for name, parameter in experts.named_parameters():
+        if name.startswith(("cells.", "outs.")):
+            yield int(name.split(".")[1]), parameter.grad
+        else:
+            yield from enumerate(parameter.grad)
+
+
 def some_routing(num_tokens, dtype=torch.float64):
     draw = torch.Generator().manual_seed(5)
     ids_TK = torch.rand(num_tokens, E, generator=draw).argsort(1)[:, :3]
@@ -36,7 +57,7 @@ def some_routing(num_tokens, dtype=torch.float64):
     return Routing(ids_TK, weights_TK, torch.zeros(num_tokens, E), E)
 
 
-@each_kind
+@each_network
 @each_bias
 @pytest.mark.parametrize("num_tokens", [0, 1, 63])
 def test_every_backend_gives_the_same(name, bias, num_tokens):
@@ -52,15 +73,50 @@ def test_every_backend_gives_the_same(name, bias, num_tokens):
 
 @each_kind
 @each_bias
-def test_dense_is_every_expert_at_weight_one(name, bias):
-    experts, h_TD = make(name, bias=bias), tokens(63, dtype=torch.float64)
-    ids_TE = torch.arange(E).expand(63, E)
-    all_on = Routing(ids_TE, torch.ones(63, E, dtype=torch.float64), torch.zeros(63, E), E)
+@pytest.mark.parametrize("num_tokens", [0, 63])
+def test_dense_is_every_expert_at_weight_one(name, bias, num_tokens):
+    experts, h_TD = make(name, bias=bias), tokens(num_tokens, dtype=torch.float64)
+    ids_TE = torch.arange(E).expand(num_tokens, E)
+    ones_TE = torch.ones(num_tokens, E, dtype=torch.float64)
+    all_on = Routing(ids_TE, ones_TE, torch.zeros(num_tokens, E), E)
     experts.backend = "reference"
-    torch.testing.assert_close(experts.dense(h_TD), experts(h_TD, all_on))
+    dense = experts.dense(h_TD, some_state(num_tokens))
+    torch.testing.assert_close(dense, experts(h_TD, all_on, some_state(num_tokens)))
+    assert torch.equal(dense, experts(h_TD, None, some_state(num_tokens)))
 
 
 @each_kind
+@each_bias
+def test_output_is_the_weighted_sum_of_single_experts(name, bias):
+    experts, h_TD, state = make(name, bias=bias), tokens(63, dtype=torch.float64), some_state(63)
+    routing = some_routing(63)
+    expected = torch.zeros_like(h_TD)
+    for e in range(E):
+        ids_TK = torch.full((63, 1), e)
+        alone = Routing(ids_TK, torch.ones(63, 1).double(), torch.zeros(63, E), E)
+        expected += routing.weights_TE()[:, e : e + 1] * experts(h_TD, alone, state)
+    torch.testing.assert_close(experts(h_TD, routing, state), expected)
+
+
+@each_kind
+def test_permuting_tokens_permutes_outputs(name):
+    experts, h_TD, routing, state = (
+        make(name),
+        tokens(63).double(),
+        some_routing(63),
+        some_state(63),
+    )
+    order_T = torch.randperm(63, generator=torch.Generator().manual_seed(0))
+    moved = Routing(
+        routing.ids_TK[order_T], routing.weights_TK[order_T], routing.scores_TE[order_T], E
+    )
+    given = RouterState(sequences=state.sequences.take(order_T))
+    torch.testing.assert_close(
+        experts(h_TD[order_T], moved, given), experts(h_TD, routing, state)[order_T]
+    )
+
+
+@each_network
 @each_bias
 def test_weights_have_the_layout_of_the_checkpoint(name, bias):
     experts = make(name, bias=bias)
@@ -97,11 +153,12 @@ def test_gradient_reaches_the_experts_of_the_tokens_alone(name):
     ids_TK = torch.tensor([[0, 3], [3, E]])
     weights_TK = torch.ones(2, 2, dtype=torch.float64) * (ids_TK < E)
     experts(
-        tokens(2, dtype=torch.float64), Routing(ids_TK, weights_TK, torch.zeros(2, E), E)
+        tokens(2, dtype=torch.float64),
+        Routing(ids_TK, weights_TK, torch.zeros(2, E), E),
+        some_state(2),
     ).sum().backward()
-    for parameter in experts.parameters():
-        touched = [e for e in range(E) if parameter.grad[e].any()]
-        assert touched == [0, 3]
+    touched = {e for e, grad in gradients_by_expert(experts) if grad is not None and grad.any()}
+    assert touched == {0, 3}
 
 
 @each_kind
@@ -110,12 +167,12 @@ def test_state_survives_bit_by_bit(name, bias):
     experts = make(name, bias=bias)
     other = EXPERTS.load(name)(D, E, F, ExpertsConfig(bias=bias)).double()
     other.load_state_dict(experts.state_dict())
-    h_TD, routing = tokens(63, dtype=torch.float64), some_routing(63)
-    assert torch.equal(other(h_TD, routing), experts(h_TD, routing))
-    assert torch.equal(copy.deepcopy(experts)(h_TD, routing), experts(h_TD, routing))
+    given = (tokens(63, dtype=torch.float64), some_routing(63), some_state(63))
+    assert torch.equal(other(*given), experts(*given))
+    assert torch.equal(copy.deepcopy(experts)(*given), experts(*given))
 
 
-@each_kind
+@each_network
 def test_reset_draws_small_weights_and_no_biases(name):
     experts = make(name, bias=True)
     experts.reset_parameters()
@@ -130,6 +187,16 @@ def test_reset_draws_small_weights_and_no_biases(name):
 def test_unknown_activation_names_the_closest(name):
     with pytest.raises(ValueError, match=r"activation 'gelo' is unknown; did you mean gelu"):
         make(name, activation="gelo")
+
+
+@each_kind
+def test_products_are_given_or_refused(name):
+    experts = make(name)
+    if "feed-forward" in EXPERTS[name].abilities:
+        assert experts.weights().down.shape == (E, D, F)
+    else:
+        with pytest.raises(InputError, match=r"have no up and down products .* use gated or plain"):
+            experts.weights()
 
 
 @each_kind

@@ -17,7 +17,7 @@ E, B, S = 6, 3, 5
 # Each loss with every router that scores as the loss expects, in each of its variants.
 VARIANTS = {
     "heterogeneous-balance": [{}, {"tau": 0.1}],
-    "load-balance": [{}, {"scope": "sequence"}, {"share_of": "choices"}],
+    "load-balance": [{}, {"scope": "sequence"}, {"scope": "global"}, {"share_of": "choices"}],
     "sparsity": [{}, {"of": "straight-through"}],
 }
 PAIRS = [

@@ -55,7 +55,9 @@ def test_output_has_the_dtype_of_the_input(router, dtype):
     assert moe(tokens(5, dtype=dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize(
+    "experts", [name for name in EXPERTS if "sequences" not in EXPERTS[name].abilities]
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_shared_part_and_output_bias_are_added_once(experts, bias):
     layer = {"experts": experts, "bias": bias, "shared_width": 4, "output_bias": True}
@@ -145,8 +147,10 @@ def test_copies_and_saved_states_are_the_same_bit_by_bit(router):
     for other in (fresh, duplicate):
         assert torch.equal(run(other, h_TD), run(moe, h_TD))
     with torch.no_grad():
-        # One row alone: what is added to all may leave the ranking as it is.
-        duplicate.router.weight[0].mul_(3.0)
+        # One row alone: what is added to all may leave the ranking as it is. Draws have no weight.
+        random = "random" in ROUTERS[router].abilities
+        weight = duplicate.experts.down_proj if random else duplicate.router.weight
+        weight[0].mul_(3.0)
     assert not torch.equal(run(duplicate, h_TD), run(moe, h_TD))
 
 
@@ -167,7 +171,8 @@ def test_a_training_step_reaches_every_part(router):
     for name, parameter in moe.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.any(), name
+        # It multiplies the state of the layer before, which the first layer has none of.
+        assert parameter.grad.any() or name == "router.cell.weight_hh", name
     assert h_TD.grad.isfinite().all()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nn_cases import dense_weights, make_router, router_options, tokens
+from nn_cases import dense_weights, end_schedules, make_router, router_options, tokens
 
 from moesaic._errors import InputError
 from moesaic.nn.layer import LayerConfig, MoELayer
@@ -85,6 +85,12 @@ def test_training_and_evaluation_weigh_alike(name):
     elif ROUTERS[name].abilities & {"batch-in-training", "random"}:
         # It then decides by other tokens too, or draws, but scores alike.
         assert torch.equal(train.scores_TE, evaluate.scores_TE)
+    elif "scheduled" in ROUTERS[name].abilities:
+        # Training begins otherwise and ends as evaluation always is.
+        assert not torch.equal(train.weights_TE(), evaluate.weights_TE())
+        end_schedules(router)
+        for training in (True, False):
+            assert torch.equal(router.train(training)(h_TD).weights_TE(), evaluate.weights_TE())
     else:
         assert torch.equal(train.weights_TE(), evaluate.weights_TE())
         assert torch.equal(train.active_TE(), evaluate.active_TE())
@@ -170,7 +176,7 @@ def test_plain_routers_ignore_the_state(name):
         return
     router, h_TD = make_router(name, E), tokens(63)
     alone = seeded(router, h_TD)
-    state = RouterState(previous=alone, progress=0.5, num_sequences=3)
+    state = RouterState(previous=alone, num_sequences=3)
     torch.manual_seed(0)
     assert torch.equal(router(h_TD, state).weights_TE(), alone.weights_TE())
 
@@ -195,6 +201,29 @@ def test_draws_are_even_and_repeat_with_the_seed(name, training):
     assert all(torch.equal(router(h_TD).counts_E(), counts_E) for counts_E in draws)
     # Binomial: three deviations of sqrt(1000 * 1/6 * 5/6).
     assert (torch.stack(draws).sum(0) - 1000 / E).abs().max() < 3 * (1000 / E * (1 - 1 / E)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in ROUTERS if "scheduled" in ROUTERS[name].abilities]
+)
+def test_schedules_follow_the_steps_and_are_saved(name):
+    router, h_TD = make_router(name, E).train(), tokens(63)
+    first = seeded(router, h_TD)
+    for _ in range(3):
+        router.end_step()
+    again = make_router(name, E, seed=5).train()
+    again.load_state_dict(router.state_dict())
+    assert again.clock.step() == 3
+    assert torch.equal(seeded(again, h_TD).weights_TE(), seeded(router, h_TD).weights_TE())
+    end_schedules(router)
+    last = seeded(router, h_TD)
+    assert not torch.equal(last.weights_TE(), first.weights_TE())
+    # Evaluation does not ask how far training has come.
+    evaluated = router.eval()(h_TD)
+    router.reset_parameters()
+    assert router.clock.step() == 0
+    again.load_state_dict({**router.state_dict(), **dict(again.named_parameters())})
+    assert torch.equal(again.eval()(h_TD).weights_TE(), evaluated.weights_TE())
 
 
 @each_router
@@ -275,6 +304,18 @@ def test_fresh_weights_are_small_and_differ(name):
             {"num_null": 2, "top_k": 9},
             r"top_k must be in \[1, num_experts \+ num_null=8\], got 9",
         ),
+        ("progressive-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
+        (
+            "progressive-top-k",
+            {"early_top_k": 7},
+            r"early_top_k must be in \[1, num_experts=6\], got 7",
+        ),
+        (
+            "progressive-top-k",
+            {"top_k": 3, "early_top_k": 2},
+            r"early_top_k must be at least top_k=3, got 2; equal is no early stage",
+        ),
+        ("progressive-top-k", {"early_steps": -1}, r"early_steps must be at least 0, got -1; 0 is"),
         ("recurrent-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("recurrent-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("recurrent-top-k", {"size": 0}, r"size must be at least 1, got 0; 128 is the paper's"),
@@ -306,6 +347,10 @@ def test_fresh_weights_are_small_and_differ(name):
         ("zero-computation", {"top_k": 0}, r"top_k must be at least 1, got 0; 2 is usual"),
         ("zero-computation", {"top_k": 11}, r"top_k must be in \[1, num_experts=10\], got 11"),
         ("zero-computation", {"num_copy": -1}, r"must be at least 0, got 1, -1, 2; 1, 1 and 2"),
+        ("straight-through-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
+        ("straight-through-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
+        ("straight-through-top-k", {"temperature": 0.0}, r"temperature must be above 0, got 0.0"),
+        ("straight-through-top-k", {"weight": "on"}, r"'on' is unknown; did you mean one"),
         ("token-rounding", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("token-rounding", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("token-rounding", {"tile_rows": 0}, r"tile_rows must be at least 1, got 0; 128 is"),

@@ -18,6 +18,7 @@ from moesaic._config import build_config
 from moesaic._errors import InputError
 from moesaic.nn.bypass import Bypass
 from moesaic.nn.experts._base import Experts, ExpertsConfig
+from moesaic.nn.experts._mixed import MixedExperts
 from moesaic.nn.experts._table import EXPERTS
 from moesaic.nn.free import FreeExperts
 from moesaic.nn.routers._base import Router, RouterState
@@ -36,7 +37,7 @@ class LayerConfig:
         output_bias: Whether a bias is added to the output, whatever is on.
         router: Name of the router; empty when there are no routed experts.
         router_options: Its settings.
-        experts: Name of the kind of experts.
+        experts: Name of the kind of experts, or one name for each expert.
         activation: Name of the activation.
         bias: Whether the up products have a bias.
         expert_bias: Whether each expert's output has a bias, which its weight scales; the shared
@@ -56,7 +57,7 @@ class LayerConfig:
     output_bias: bool = False
     router: str = ""
     router_options: Mapping[str, Any] = field(default_factory=dict)
-    experts: str = "gated"
+    experts: str | tuple[str, ...] = "gated"
     activation: str = "silu"
     bias: bool = False
     expert_bias: bool = False
@@ -81,6 +82,16 @@ class LayerConfig:
                 f"iterations={self.iterations} need routed experts, got num_experts=0; set "
                 "iterations to 1"
             )
+        if not isinstance(self.experts, str) and len(self.experts) != self.num_experts:
+            raise InputError(
+                f"experts must be one kind or one for each of the num_experts={self.num_experts}, "
+                f"got {len(self.experts)}; name as many"
+            )
+        if not isinstance(self.experts, str) and self.shared_width:
+            raise InputError(
+                f"shared_width must be 0 where experts differ in kind, got {self.shared_width}; "
+                "name one kind"
+            )
 
 
 class MoELayer(nn.Module):
@@ -100,15 +111,14 @@ class MoELayer(nn.Module):
         self.dim = dim
         options = ExpertsConfig(activation=config.activation, bias=config.bias)
         routed = replace(options, down_bias=config.expert_bias)
-        make_experts: type[Experts] = EXPERTS.load(config.experts)
         self.router: Router | None = None
         self.experts: Experts | None = None
         self.shared: Experts | None = None
         if config.num_experts:
             self.router = self._make_router()
-            self.experts = make_experts(dim, config.num_experts, config.width, routed)
+            self.experts = _make_experts(dim, config, routed)
         if config.shared_width:
-            self.shared = make_experts(dim, 1, config.shared_width, options)
+            self.shared = EXPERTS.load(config.experts)(dim, 1, config.shared_width, options)
         self.free: FreeExperts | None = None
         if self.router is not None and self.router.free_experts:
             self.free = FreeExperts(dim, self.router.free_experts)
@@ -128,7 +138,7 @@ class MoELayer(nn.Module):
 
         Args:
             h: Inputs, [..., D].
-            state: What some routers need of other layers or steps.
+            state: What some routers and experts need beyond the token.
 
         Returns:
             Outputs, in the shape and dtype of h.
@@ -136,7 +146,7 @@ class MoELayer(nn.Module):
         h_TD = h.reshape(-1, self.dim)
         state = replace(state or RouterState(), num_sequences=math.prod(h.shape[:-2]))
         if self.all_on or self.router is None:
-            return self._run(h_TD, None)[0].reshape(h.shape)
+            return self._run(h_TD, None, state)[0].reshape(h.shape)
         residual = self.config.iteration_residual
         x_TD = h_TD
         for router in self.turns():
@@ -174,12 +184,12 @@ class MoELayer(nn.Module):
         if self.experts is not None:
             if router is not None:
                 routing = router(h_TD, state)
-            out_TD = self.experts(h_TD, routing)
+            out_TD = self.experts(h_TD, routing, state)
         if self.free is not None and routing is not None:
             assert routing.free_weights_TZ is not None, "its router has free experts"
             out_TD = out_TD + self.free(h_TD, routing.free_weights_TZ)
         if self.shared is not None:
-            shared_TD = self.shared(h_TD, None)
+            shared_TD = self.shared(h_TD, None, state)
             out_TD = shared_TD if out_TD is None else out_TD + shared_TD
         if out_TD is None:
             out_TD = torch.zeros_like(h_TD)
@@ -189,6 +199,14 @@ class MoELayer(nn.Module):
         if self.bypass is not None and not self.all_on:
             out_TD = out_TD + self.bypass(h_TD)
         return out_TD, routing
+
+
+def _make_experts(dim: int, config: LayerConfig, options: ExpertsConfig) -> Experts:
+    """The routed experts of a layer."""
+    if not isinstance(config.experts, str):
+        return MixedExperts(dim, config.experts, config.width, options)
+    experts: Experts = EXPERTS.load(config.experts)(dim, config.num_experts, config.width, options)
+    return experts
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
@@ -208,7 +226,9 @@ def link_layers(model: nn.Module) -> None:
 
 
 def end_step(model: nn.Module) -> None:
-    """Tell every router that an optimiser step has ended; some move a bias by its loads.
+    """Tell every router that an optimiser step has ended.
+
+    Some move a bias by its loads, some follow a schedule.
 
     `moesaic.train` and `moesaic.training.EndStep`, a callback for the Trainer of transformers, do
     this; a training loop of one's own calls it after `optimizer.step()`.
@@ -246,8 +266,10 @@ def pass_state(model: nn.Module) -> Iterator[None]:
     last: list[Routing] = []
 
     def give(layer: MoELayer, args: Any, options: dict[str, Any]) -> Any:
-        state = RouterState(previous=last[0] if last else None)
-        return args, {**options, "state": state}
+        # What the caller gives beside it stays.
+        given = [*args[1:], options.get("state"), RouterState()]
+        state = next(state for state in given if state is not None)
+        return args[:1], {"state": replace(state, previous=last[0] if last else None)}
 
     def keep(router: nn.Module, args: object, routing: Routing) -> None:
         last[:] = [routing]

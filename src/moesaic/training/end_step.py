@@ -10,10 +10,10 @@ from moesaic.nn.layer import end_step
 
 
 class EndStep(TrainerCallback):
-    """Lets routers move their bias after every optimiser step.
+    """Tells routers of every optimiser step: they move their bias or follow their schedule.
 
-    A Trainer of one's own needs it where a router has a bias that moves: `cmoe`, and
-    `sigmoid-top-k` with a `bias_step`.
+    A Trainer of one's own needs it where a router has a bias that moves (`cmoe`, and
+    `sigmoid-top-k` with a `bias_step`) or a schedule (`progressive-top-k`).
     """
 
     def on_optimizer_step(

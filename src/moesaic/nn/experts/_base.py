@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moesaic._errors import InputError
+from moesaic.nn.routers._base import RouterState
 from moesaic.nn.routing import Routing
 from moesaic.ops.masked import experts_masked
 from moesaic.ops.select import Backend, apply_experts
@@ -40,7 +42,7 @@ class ExpertsConfig:
 
 
 class Experts(nn.Module, ABC):
-    """E feed-forward experts of equal width.
+    """E experts of equal width, feed-forward networks as a rule.
 
     Attributes:
         num_experts: E.
@@ -54,22 +56,37 @@ class Experts(nn.Module, ABC):
     backend: Backend = "auto"
     packed: Packed | None = None
 
-    @abstractmethod
     def weights(self) -> ExpertWeights:
-        """Give the weights to an expert path."""
+        """Give the weights to an expert path.
+
+        Raises:
+            InputError: If the experts are no feed-forward networks, or of several kinds.
+        """
+        raise InputError(
+            f"{type(self).__name__} have no up and down products that others could compute or "
+            "change; use gated or plain experts for that"
+        )
 
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw fresh weights."""
 
-    def forward(self, h_TD: Tensor, routing: Routing | None = None) -> Tensor:
-        """Sum the weighted outputs of each token's experts, [T, D]; without routing, of all."""
+    def forward(
+        self, h_TD: Tensor, routing: Routing | None = None, state: RouterState | None = None
+    ) -> Tensor:
+        """Sum the weighted outputs of each token's experts, [T, D]; without routing, of all.
+
+        Args:
+            h_TD: Inputs, [T, D].
+            routing: Experts of every token.
+            state: What experts need that do not read the token alone.
+        """
         if routing is None:
-            return self.dense(h_TD)
+            return self.dense(h_TD, state)
         weights = self.weights()._replace(packed=self.packed)
         return apply_experts(h_TD, routing.ids_TK, routing.weights_TK, weights, self.backend)
 
-    def dense(self, h_TD: Tensor) -> Tensor:
+    def dense(self, h_TD: Tensor, state: RouterState | None = None) -> Tensor:
         """Sum all experts at weight one: the dense FFN, [T, D]."""
         return experts_masked(h_TD, None, self.weights())
 

@@ -13,6 +13,15 @@ EXPERTS = MethodTable(
             config="moesaic.nn.experts._base:ExpertsConfig",
             summary="down(act(gate h) * (up h)): Llama, Mistral, Qwen, Gemma, Phi, OLMo",
             paper="GLU variants, arXiv 2002.05202",
+            abilities=frozenset({"feed-forward"}),
+        ),
+        MethodInfo(
+            name="gru",
+            target="moesaic.nn.experts.gru:GruExperts",
+            config="moesaic.nn.experts._base:ExpertsConfig",
+            summary="A GRU over the sequence behind the token; its last state, mapped",
+            paper="Hecto, arXiv 2506.22919",
+            abilities=frozenset({"sequences"}),
         ),
         MethodInfo(
             name="plain",
@@ -20,6 +29,7 @@ EXPERTS = MethodTable(
             config="moesaic.nn.experts._base:ExpertsConfig",
             summary="down(act(up h)): GPT-2, OPT, GPT-NeoX",
             paper="Transformer, arXiv 1706.03762, section 3.3",
+            abilities=frozenset({"feed-forward"}),
         ),
         MethodInfo(
             name="thresholded-gated",
@@ -27,6 +37,7 @@ EXPERTS = MethodTable(
             config="moesaic.nn.experts._base:ExpertsConfig",
             summary="Gated experts that leave out inputs and neurons under a threshold",
             paper="TEAL, arXiv 2408.14690",
+            abilities=frozenset({"feed-forward"}),
         ),
         MethodInfo(
             name="thresholded-plain",
@@ -34,6 +45,7 @@ EXPERTS = MethodTable(
             config="moesaic.nn.experts._base:ExpertsConfig",
             summary="Plain experts that leave out inputs and neurons under a threshold",
             paper="TEAL, arXiv 2408.14690",
+            abilities=frozenset({"feed-forward"}),
         ),
     ],
 )

@@ -20,6 +20,7 @@ from torch import Tensor
 from moesaic.nn.experts._base import Experts, ExpertsConfig
 from moesaic.nn.experts.gated import GatedExperts
 from moesaic.nn.experts.plain import PlainExperts
+from moesaic.nn.routers._base import RouterState
 from moesaic.nn.routing import Routing
 from moesaic.ops.weights import ExpertWeights
 
@@ -48,13 +49,15 @@ class Thresholded(Experts):
         self.input_threshold.fill_(inputs)
         self.neuron_threshold.fill_(neurons)
 
-    def forward(self, h_TD: Tensor, routing: Routing | None = None) -> Tensor:
+    def forward(
+        self, h_TD: Tensor, routing: Routing | None = None, state: RouterState | None = None
+    ) -> Tensor:
         """Compute the experts on what is large of the inputs and of the neurons, [T, D]."""
-        return super().forward(keep_large(h_TD, self.input_threshold), routing)
+        return super().forward(keep_large(h_TD, self.input_threshold), routing, state)
 
-    def dense(self, h_TD: Tensor) -> Tensor:
+    def dense(self, h_TD: Tensor, state: RouterState | None = None) -> Tensor:
         """Sum all experts at weight one, thresholds included, [T, D]."""
-        return super().dense(keep_large(h_TD, self.input_threshold))
+        return super().dense(keep_large(h_TD, self.input_threshold), state)
 
     def used_share(self) -> None:
         """Give none: each token has other large values."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from moesaic.nn._processes import sum_over_processes
 from moesaic.nn.routing import Routing
 
 
@@ -70,3 +72,10 @@ def load_and_probability(routing: Routing, mask_BS: Tensor) -> tuple[Tensor, Ten
 def shares(load_BE: Tensor) -> Tensor:
     """Divide loads by their sum over experts, [B, E]; where nobody was chosen they stay zero."""
     return load_BE / load_BE.sum(1, keepdim=True).clamp(min=1e-10)
+
+
+def pooled_load(load_E: Tensor, mask_BS: Tensor) -> Tensor:
+    """Turn shares of this process's tokens into shares of the tokens of all processes, [E]."""
+    num_tokens = mask_BS.sum().to(load_E.dtype)
+    sums = sum_over_processes(torch.cat([load_E * num_tokens, num_tokens.reshape(1)]))
+    return sums[:-1] / sums[-1].clamp(min=1)

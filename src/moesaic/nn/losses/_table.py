@@ -16,6 +16,14 @@ LOSSES = MethodTable(
             abilities=frozenset({"two-passes"}),
         ),
         MethodInfo(
+            name="diversity",
+            target="moesaic.nn.losses.diversity:diversity_loss",
+            config="moesaic.nn.losses._base:LossConfig",
+            summary="Divergence of the mean probability from the same for all experts",
+            paper="Hecto, arXiv 2506.22919",
+            abilities=frozenset({"softmax"}),
+        ),
+        MethodInfo(
             name="entropy",
             target="moesaic.nn.losses.entropy:entropy_loss",
             config="moesaic.nn.losses._base:LossConfig",

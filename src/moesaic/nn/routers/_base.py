@@ -17,20 +17,22 @@ from torch import Tensor, nn
 from moesaic._errors import InputError
 from moesaic.nn.free import FreeKind
 from moesaic.nn.routing import Routing
+from moesaic.nn.schedules._base import StepClock
+from moesaic.nn.sequences import Sequences
 
 
 @dataclass(frozen=True, slots=True)
 class RouterState:
-    """What some routers need beyond the token: other layers, other steps.
+    """What some routers and experts need beyond the token.
 
     Attributes:
         previous: Routing of the layer before, or none in the first.
-        progress: Part of the training done, in [0, 1].
+        sequences: The sequence behind each token, for experts that read one.
         num_sequences: B, which the tokens are equal parts of, in turn; none where nobody knows.
     """
 
     previous: Routing | None = None
-    progress: float = 0.0
+    sequences: Sequences | None = None
     num_sequences: int | None = None
 
 
@@ -67,7 +69,10 @@ class Router(nn.Module, ABC):
         """
 
     def end_step(self) -> None:
-        """Act on the loads of the optimiser step that just ended; most routers do nothing."""
+        """Act on the optimiser step that just ended; most routers do nothing.
+
+        Some move a bias by its loads; those with a schedule count it on their `StepClock`.
+        """
 
     def num_multiplied(self) -> int:
         """Weights that a token multiplies in evaluation."""
@@ -94,8 +99,11 @@ class LinearRouter(Router, ABC):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw small random rows."""
+        """Draw small random rows; schedules start anew."""
         nn.init.normal_(self.weight, std=0.02)
+        for child in self.children():
+            if isinstance(child, StepClock):
+                child.reset_parameters()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,10 +121,12 @@ class TopKConfig:
             raise InputError(f"top_k must be at least 1, got {self.top_k}; choose 1 to num_experts")
 
 
-def check_top_k(top_k: int, num_experts: int) -> None:
+def check_top_k(top_k: int, num_experts: int, field: str = "top_k") -> None:
     """Refuse to choose more experts than there are."""
     if top_k > num_experts:
-        raise InputError(f"top_k must be in [1, num_experts={num_experts}], got {top_k}; lower it")
+        raise InputError(
+            f"{field} must be in [1, num_experts={num_experts}], got {top_k}; lower it"
+        )
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

@@ -9,7 +9,9 @@ import logging
 from functools import partial
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
+
+from moesaic.nn._processes import sum_over_processes
 
 _LOGGER = logging.getLogger(__name__)
 # Passes that nobody accumulates into one step; who never ends a step hears of it once.
@@ -54,6 +56,4 @@ class StepLoads:
             [E] int64; none where no pass was counted.
         """
         counts_E, self._counts_E, self._passes = self._counts_E, None, 0
-        if counts_E is not None and distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(counts_E)
-        return counts_E
+        return None if counts_E is None else sum_over_processes(counts_E)

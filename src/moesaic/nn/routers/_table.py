@@ -64,6 +64,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"top-k", "noise-in-training"}),
         ),
         MethodInfo(
+            name="progressive-top-k",
+            target="moesaic.nn.routers.progressive_top_k:ProgressiveTopK",
+            config="moesaic.nn.routers.progressive_top_k:ProgressiveTopKConfig",
+            summary="Top-k that uses more experts in the first part of training",
+            paper="Sigma-MoE-Tiny, arXiv 2512.16248",
+            abilities=frozenset({"softmax", "top-k", "scheduled"}),
+        ),
+        MethodInfo(
             name="recurrent-top-k",
             target="moesaic.nn.routers.recurrent_top_k:RecurrentTopK",
             config="moesaic.nn.routers.recurrent_top_k:RecurrentTopKConfig",
@@ -102,6 +110,14 @@ ROUTERS = MethodTable(
             summary="One expert at random: for the batch in training, then by token or sequence",
             paper="THOR, arXiv 2110.04260",
             abilities=frozenset({"random"}),
+        ),
+        MethodInfo(
+            name="straight-through-top-k",
+            target="moesaic.nn.routers.straight_through_top_k:StraightThroughTopK",
+            config="moesaic.nn.routers.straight_through_top_k:StraightThroughTopKConfig",
+            summary="The k most probable weigh one, with the gradient of their probability",
+            paper="Hecto, arXiv 2506.22919",
+            abilities=frozenset({"softmax", "top-k"}),
         ),
         MethodInfo(
             name="token-rounding",

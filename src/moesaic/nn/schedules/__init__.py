@@ -1,0 +1,1 @@
+"""Schedules: values of routers that change over training."""
