@@ -147,10 +147,12 @@ def test_copies_and_saved_states_are_the_same_bit_by_bit(router):
     for other in (fresh, duplicate):
         assert torch.equal(run(other, h_TD), run(moe, h_TD))
     with torch.no_grad():
-        # One row alone: what is added to all may leave the ranking as it is. Draws have no weight.
-        random = "random" in ROUTERS[router].abilities
-        weight = duplicate.experts.down_proj if random else duplicate.router.weight
-        weight[0].mul_(3.0)
+        if "random" in ROUTERS[router].abilities:
+            # Draws have no weight.
+            duplicate.experts.down_proj.mul_(3.0)
+        else:
+            # One row alone: what is added to all may leave the ranking as it is.
+            duplicate.router.weight[0].mul_(3.0)
     assert not torch.equal(run(duplicate, h_TD), run(moe, h_TD))
 
 
