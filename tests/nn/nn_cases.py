@@ -23,6 +23,8 @@ def router_options(name: str, num_experts: int, **options: Any) -> dict[str, Any
         options.setdefault("top_k", min(fields["top_k"].default, num_experts))
     if "early_top_k" in fields:
         options.setdefault("early_top_k", min(fields["early_top_k"].default, num_experts))
+    if "initial" in fields:
+        options.setdefault("initial", min(fields["initial"].default, num_experts))
     if "probability" in fields:
         # Else hardly any test would see what is done now and then.
         options.setdefault("probability", 1.0)

@@ -197,7 +197,7 @@ class ActivityMeter:
             yield
         if domain not in self._counts:
             self._tokens[domain] = 0
-            self._counts[domain] = [np.zeros(s.num_experts, np.int64) for s in self._shapes]
+            self._counts[domain] = [np.zeros(s.num_candidates, np.int64) for s in self._shapes]
             self._shared[domain] = [0.0 for _ in self._shapes]
         self._tokens[domain] += num_tokens
         for i, use in enumerate(uses):

@@ -38,7 +38,7 @@ class ActiveShare:
                 each.append(0.0)
                 continue
             each.append(shape.fraction(1.0) - always[-1])
-            self.routed[i] = moe.config.num_experts
+            self.routed[i] = moe.config.num_candidates
         self._always = np.asarray(always)
         self._each = np.asarray(each)
 

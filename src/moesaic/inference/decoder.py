@@ -352,6 +352,11 @@ def _check_layers(model: nn.Module) -> None:
                 f"{layer.config.iteration_residual!r}, which has no native code; generate with "
                 "transformers"
             )
+        if layer.config.reuse > 1:
+            raise InputError(
+                f"layer {i} uses the experts of {layer.config.reuse} layers, which has no native "
+                "code; generate with transformers"
+            )
         for part in (layer.experts, layer.shared):
             own = part is not None and (
                 type(part).forward is not Experts.forward or type(part).dense is not Experts.dense

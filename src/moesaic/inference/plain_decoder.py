@@ -45,7 +45,7 @@ class PlainDecoder:
         layers = decoder_layers(model)
         self.num_layers = len(layers)
         self._routed = [
-            (i, module.config.num_experts)
+            (i, module.config.num_candidates)
             for i, layer in enumerate(layers)
             for module in layer.modules()
             if isinstance(module, MoELayer)

@@ -6,7 +6,7 @@ Shapes: T tokens, D model width, E experts, F width of one expert.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -49,6 +49,8 @@ class LayerConfig:
             input (`inner`, the paper). `change` (ours) is `inner` less the input of the layer,
             where a decoder adds that itself.
         one_router: Whether all iterations ask the same router; the paper found it worse.
+        reuse: Layers of a group, in a row, that choose among the experts of all of them (ReXMoE,
+            arXiv 2510.17483). Set it alike in all layers, whose number it divides.
     """
 
     num_experts: int
@@ -65,6 +67,7 @@ class LayerConfig:
     iterations: int = 1
     iteration_residual: Literal["none", "inner", "change"] = "none"
     one_router: bool = False
+    reuse: int = 1
 
     def __post_init__(self) -> None:
         sizes = (self.num_experts, self.width, self.shared_width, self.bypass_rank)
@@ -77,10 +80,12 @@ class LayerConfig:
             raise InputError(f"a layer of {self.num_experts} experts needs a router; name one")
         if self.iterations < 1:
             raise InputError(f"iterations must be at least 1, got {self.iterations}; 2 is usual")
-        if self.iterations > 1 and not self.num_experts:
+        if self.reuse < 1:
+            raise InputError(f"reuse must be at least 1, got {self.reuse}; 2 to 4 are usual")
+        if max(self.iterations, self.reuse) > 1 and not self.num_experts:
             raise InputError(
-                f"iterations={self.iterations} need routed experts, got num_experts=0; set "
-                "iterations to 1"
+                f"iterations={self.iterations} and reuse={self.reuse} need routed experts, got "
+                "num_experts=0; set both to 1"
             )
         if not isinstance(self.experts, str) and len(self.experts) != self.num_experts:
             raise InputError(
@@ -92,6 +97,11 @@ class LayerConfig:
                 f"shared_width must be 0 where experts differ in kind, got {self.shared_width}; "
                 "name one kind"
             )
+
+    @property
+    def num_candidates(self) -> int:
+        """Experts that the router chooses among."""
+        return self.num_experts * self.reuse
 
 
 class MoELayer(nn.Module):
@@ -130,6 +140,8 @@ class MoELayer(nn.Module):
             )
         self.output_bias = nn.Parameter(torch.zeros(dim)) if config.output_bias else None
         self.bypass = Bypass(dim, config.bypass_rank) if config.bypass_rank else None
+        # Of the group, in order; in a tuple, so that other layers' weights are not this one's, too.
+        self._group: tuple[Experts, ...] = ()
         # Set by `all_experts_on`: the layer then is its dense parent.
         self.all_on = False
 
@@ -172,8 +184,53 @@ class MoELayer(nn.Module):
         options = build_config(
             ROUTERS.load_config(name), self.config.router_options, where=f"router {name}"
         )
-        router: Router = ROUTERS.load(name)(self.dim, self.config.num_experts, options)
+        router: Router = ROUTERS.load(name)(self.dim, self.config.num_candidates, options)
         return router
+
+    def link(self, layers: Sequence[MoELayer]) -> None:
+        """Take hold of the experts of its group.
+
+        Args:
+            layers: All that have a router, first to last, this one among them.
+
+        Raises:
+            InputError: If the layers cannot be grouped.
+        """
+        size = self.config.reuse
+        if size == 1:
+            return
+        place = [layer is self for layer in layers].index(True)
+        first = place - place % size
+        group = layers[first : first + size]
+        kinds = {
+            (layer.config.reuse, layer.config.num_experts, layer.config.width, layer.dim)
+            for layer in group
+        }
+        if len(group) < size or len(kinds) > 1:
+            raise InputError(
+                f"reuse={size} needs groups of {size} layers in a row with the same reuse and the "
+                f"same experts, got {len(group)} of {len(kinds)} kinds from layer {first} on; "
+                "choose a divisor of the number of layers"
+            )
+        self._group = tuple(layer.experts for layer in group if layer.experts is not None)
+
+    def _use_experts(
+        self, h_TD: Tensor, routing: Routing | None, state: RouterState | None
+    ) -> Tensor:
+        """The experts of one iteration, of all layers of the group; without a routing its own."""
+        assert self.experts is not None
+        if routing is None or self.config.reuse == 1:
+            return self.experts(h_TD, routing, state)  # type: ignore[no-any-return]
+        if not self._group:
+            raise InputError(
+                f"reuse={self.config.reuse} needs the experts of other layers, got none; run "
+                "moesaic.nn.layer.link_layers(model) after the layers are made"
+            )
+        parts = routing.split(len(self._group))
+        outs = [
+            experts(h_TD, part, state) for experts, part in zip(self._group, parts, strict=True)
+        ]
+        return torch.stack(outs).sum(0)
 
     def _run(
         self, h_TD: Tensor, router: Router | None, state: RouterState | None = None
@@ -184,7 +241,7 @@ class MoELayer(nn.Module):
         if self.experts is not None:
             if router is not None:
                 routing = router(h_TD, state)
-            out_TD = self.experts(h_TD, routing, state)
+            out_TD = self._use_experts(h_TD, routing, state)
         if self.free is not None and routing is not None:
             assert routing.free_weights_TZ is not None, "its router has free experts"
             out_TD = out_TD + self.free(h_TD, routing.free_weights_TZ)
@@ -220,7 +277,10 @@ def link_layers(model: nn.Module) -> None:
     A model of `moesaic.models` does this itself; for layers of one's own it is called once, when
     all are made. What is shared stays with the layer that owns it: it is saved once.
     """
-    routers = [router for layer in moe_layers(model) for router in layer.routers()]
+    layers = [layer for layer in moe_layers(model) if layer.router is not None]
+    for layer in layers:
+        layer.link(layers)
+    routers = [router for layer in layers for router in layer.routers()]
     for router in routers:
         router.link(routers)
 

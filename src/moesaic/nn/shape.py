@@ -24,6 +24,7 @@ class LayerShape:
         dense_width: Neurons of the dense parent's network.
         bypass_width: Neurons that have as many weights as the layer's bypass.
         iterations: Times that the layer runs in a row. What runs several times counts as often.
+        reuse: Layers whose experts it chooses among; E are its own.
     """
 
     num_experts: int
@@ -32,6 +33,12 @@ class LayerShape:
     dense_width: int
     bypass_width: float = 0.0
     iterations: int = 1
+    reuse: int = 1
+
+    @property
+    def num_candidates(self) -> int:
+        """Experts that the router chooses among."""
+        return self.num_experts * self.reuse
 
     def fraction(self, active_experts: float, shared: float = 1.0) -> float:
         """Weights in use over dense ones.
@@ -72,6 +79,7 @@ def layer_shape(layer: MoELayer, dense_width: int) -> LayerShape:
         dense_width=dense_width,
         bypass_width=bypass_width,
         iterations=config.iterations,
+        reuse=config.reuse,
     )
 
 

@@ -24,6 +24,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"softmax", "top-k", "groups"}),
         ),
         MethodInfo(
+            name="growing-top-k",
+            target="moesaic.nn.routers.growing_top_k:GrowingTopK",
+            config="moesaic.nn.routers.growing_top_k:GrowingTopKConfig",
+            summary="Top-k of a random part of the experts that grows to all in training",
+            paper="ReXMoE, arXiv 2510.17483",
+            abilities=frozenset({"softmax", "top-k", "scheduled"}),
+        ),
+        MethodInfo(
             name="linear-top-k",
             target="moesaic.nn.routers.linear_top_k:LinearTopK",
             config="moesaic.nn.routers._base:TopKConfig",
