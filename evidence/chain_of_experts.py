@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "calls": CALLS,
             "balance": BALANCE,
         },
-        sizes={"steps": 200, "windows": 64},
+        sizes={"steps": 150, "windows": 64},
     )
 
 

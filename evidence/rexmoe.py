@@ -2,8 +2,8 @@
 
 A Llama of eight small layers of 8 experts, of which a token uses 2, is trained on the same text
 with every layer for itself, and in groups of four: from the beginning, and with a pool that grows
-in training. The growing pool should have the lowest loss, and a higher one at first. In one group of
-all layers, experts should be less evenly loaded than in groups of two.
+in training. The growing pool should have the lowest loss, and a higher one at first. In one group
+of all layers, experts should be less evenly loaded than in groups of two.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "experts": EXPERTS,
             "top_k": TOP_K,
         },
-        sizes={"steps": 150, "windows": 64},
+        sizes={"steps": 100, "windows": 64},
     )
 
 

@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "size": SIZE,
             "balance": BALANCE,
         },
-        sizes={"steps": 380, "windows": 64},
+        sizes={"steps": 220, "windows": 64},
     )
 
 

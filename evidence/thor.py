@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "alphas": list(COEFS),
             "draws": DRAWS,
         },
-        sizes={"steps": 300, "windows": 64},
+        sizes={"steps": 200, "windows": 64},
     )
 
 
