@@ -128,6 +128,7 @@ class MoELayer(nn.Module):
             self.router = self._make_router()
             self.experts = _make_experts(dim, config, routed)
         if config.shared_width:
+            assert isinstance(config.experts, str), "checked where the config is made"
             self.shared = EXPERTS.load(config.experts)(dim, 1, config.shared_width, options)
         self.free: FreeExperts | None = None
         if self.router is not None and self.router.free_experts:
