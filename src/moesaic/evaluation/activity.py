@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moesaic.nn.experts._base import Experts, constant_share
 from moesaic.nn.layer import moe_layers
@@ -73,7 +74,7 @@ def record_use(
     """
     layers = moe_layers(model)
     uses = [LayerUse() for _ in layers]
-    handles = []
+    handles: list[RemovableHandle] = []
     if shares is None:
         shares = fixed_shares(model)
     for layer, use, share in zip(layers, uses, shares, strict=True):
