@@ -121,12 +121,25 @@ def optimise(
 def _groups(model: Any, rate: float, router_rate: float | None) -> list[dict[str, Any]]:
     if router_rate is None:
         return [{"params": list(model.parameters()), "lr": rate}]
-    routers = [p for name, p in model.named_parameters() if ".router." in name]
-    others = [p for name, p in model.named_parameters() if ".router." not in name]
+    of_routers = {
+        p for layer in moe_layers(model) for router in layer.routers() for p in router.parameters()
+    }
+    routers = [p for p in model.parameters() if p in of_routers]
+    others = [p for p in model.parameters() if p not in of_routers]
     groups: list[dict[str, Any]] = [{"params": others, "lr": rate}]
     if routers:
         groups.append({"params": routers, "lr": router_rate, "weight_decay": 0.0})
     return groups
+
+
+def held_windows(length: int, windows: int) -> Tensor:
+    """Evenly spread windows of held-out text, [B, S]."""
+    return _windows(text_bytes()[1], length, windows)
+
+
+def _windows(data: Tensor, length: int, windows: int) -> Tensor:
+    starts = np.linspace(0, len(data) - length - 1, windows).astype(int)
+    return torch.stack([data[s : s + length] for s in starts])
 
 
 @torch.no_grad()
@@ -134,9 +147,7 @@ def validate(model: Any, data: Tensor, length: int, windows: int) -> tuple[float
     """Loss in nats per byte on held-out windows, and mean active experts of every layer."""
     model.eval()
     total, layers = 0.0, np.zeros(0)
-    starts = np.linspace(0, len(data) - length - 1, windows).astype(int)
-    pieces = torch.stack([data[s : s + length] for s in starts]).split(16)
-    for ids_BS in pieces:
+    for ids_BS in _windows(data, length, windows).split(16):
         with record_routing(model) as routings:
             logits = model(input_ids=ids_BS, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(
@@ -151,8 +162,7 @@ def validate(model: Any, data: Tensor, length: int, windows: int) -> tuple[float
 @torch.no_grad()
 def max_over_mean(model: Any, data: Tensor, length: int, windows: int) -> list[float]:
     """Load of the busiest expert over the mean load, for every layer, on evenly spread windows."""
-    starts = np.linspace(0, len(data) - length - 1, windows).astype(int)
-    ids_BS = torch.stack([data[s : s + length] for s in starts])
+    ids_BS = _windows(data, length, windows)
     with record_routing(model) as routings:
         model(input_ids=ids_BS, use_cache=False)
     loads = [routing.counts_E().double() for routing in routings]

@@ -246,14 +246,25 @@ def test_free_experts_are_refused():
         Engine(model, length=64)
 
 
-def test_routers_that_read_sequences_are_refused():
-    model = converted(LLAMA, router="data-selection")
-    with pytest.raises(InputError, match=r"layer 0 has the router 'data-selection', which reads"):
+@pytest.mark.parametrize(
+    ("router", "options"),
+    [
+        ("data-selection", {}),
+        ("recurrent-top-k", {"first": False}),
+        ("stochastic", {"evaluation": "sequence"}),
+    ],
+)
+def test_routers_that_need_more_than_their_tokens_are_refused(router, options):
+    model = converted(LLAMA, router=router, router_options=options)
+    with pytest.raises(InputError, match=rf"layer 0 has the router '{router}', which needs more"):
         Engine(model, length=64)
-    causal = converted(LLAMA, router="data-selection", router_options={"capacity": 1.0})
-    expected = logits_of(causal, PROMPT)
+
+
+def test_data_selection_with_room_for_all_reads_tokens_alone():
+    model = converted(LLAMA, router="data-selection", router_options={"capacity": 1.0})
+    expected = logits_of(model, PROMPT)
     torch.testing.assert_close(
-        read(Decoder(causal, length=64), PROMPT), expected, rtol=1e-4, atol=1e-4
+        read(Decoder(model, length=64), PROMPT), expected, rtol=1e-4, atol=1e-4
     )
 
 

@@ -26,6 +26,8 @@ def router_options(name: str, num_experts: int, **options: Any) -> dict[str, Any
     if "router" in fields:
         inner = options.get("router", fields["router"].default)
         options["options"] = router_options(inner, num_experts, **options.get("options", {}))
+    if "initial" in fields:
+        options.setdefault("initial", min(fields["initial"].default, num_experts))
     if "probability" in fields:
         # Else hardly any test would see what is done now and then.
         options.setdefault("probability", 1.0)

@@ -148,8 +148,12 @@ def test_copies_and_saved_states_are_the_same_bit_by_bit(router):
     for other in (fresh, duplicate):
         assert torch.equal(run(other, h_TD), run(moe, h_TD))
     with torch.no_grad():
-        # One row alone: what is added to all may leave the ranking as it is.
-        duplicate.router.weight[0].mul_(3.0)
+        if "random" in ROUTERS[router].abilities:
+            # Draws have no weight.
+            duplicate.experts.down_proj.mul_(3.0)
+        else:
+            # One row alone: what is added to all may leave the ranking as it is.
+            duplicate.router.weight[0].mul_(3.0)
     assert not torch.equal(run(duplicate, h_TD), run(moe, h_TD))
 
 
@@ -170,7 +174,8 @@ def test_a_training_step_reaches_every_part(router):
     for name, parameter in moe.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.any(), name
+        # It multiplies the state of the layer before, which the first layer has none of.
+        assert parameter.grad.any() or name == "router.cell.weight_hh", name
     assert h_TD.grad.isfinite().all()
 
 

@@ -17,7 +17,13 @@ from moesaic.nn.routers._base import RouterState
 from moesaic.nn.routers._table import ROUTERS
 
 each_router = pytest.mark.parametrize("name", ROUTERS)
+# Those that decide by the token; the others draw.
+HEARING = [name for name in ROUTERS if "random" not in ROUTERS[name].abilities]
+each_hearing_router = pytest.mark.parametrize("name", HEARING)
+each_random_router = pytest.mark.parametrize("name", [n for n in ROUTERS if n not in HEARING])
 E = 6
+# Parameters whose rows are no experts.
+OF_NO_EXPERT = ("project", "cell.")
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 
 
@@ -52,8 +58,8 @@ def test_values(name, dtype, num_tokens, num_experts, training):
 def test_half_precision_decides_as_float32_does(name):
     router = make_router(name, E).to(torch.bfloat16)
     h_TD = tokens(63, dtype=torch.bfloat16)
-    expected = copy.deepcopy(router).float()(h_TD.float())
-    for routing in (router(h_TD), autocast(router.float(), h_TD.float())):
+    expected = seeded(copy.deepcopy(router).float(), h_TD.float())
+    for routing in (seeded(router, h_TD), autocast(router.float(), h_TD.float())):
         assert torch.equal(routing.ids_TK, expected.ids_TK)
         assert torch.equal(routing.weights_TK, expected.weights_TK)
 
@@ -66,7 +72,7 @@ def seeded(router, h_TD):
 
 def autocast(router, h_TD):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return router(h_TD)
+        return seeded(router, h_TD)
 
 
 @each_router
@@ -76,8 +82,8 @@ def test_training_and_evaluation_weigh_alike(name):
     if "noise-in-training" in ROUTERS[name].abilities:
         assert not torch.equal(train.scores_TE[:, :E], evaluate.scores_TE)
         assert torch.equal(router(h_TD).scores_TE, evaluate.scores_TE)
-    elif "batch-in-training" in ROUTERS[name].abilities:
-        # It then decides by other tokens too, but scores alike.
+    elif ROUTERS[name].abilities & {"batch-in-training", "random"}:
+        # It then decides by other tokens too, or draws, but scores alike.
         assert torch.equal(train.scores_TE, evaluate.scores_TE)
     elif "scheduled" in ROUTERS[name].abilities:
         # Training begins otherwise and ends as evaluation always is.
@@ -108,7 +114,7 @@ def test_estimators_change_no_value(estimator):
             assert torch.equal(held_TK, expected.active_TE())
 
 
-@each_router
+@each_hearing_router
 def test_permuting_tokens_permutes_the_routing(name):
     router, h_TD = make_router(name, E), tokens(63)
     order_T = torch.randperm(63, generator=torch.Generator().manual_seed(0))
@@ -133,7 +139,7 @@ def exchange_siblings(router):
     return order_E
 
 
-@each_router
+@each_hearing_router
 def test_renumbering_experts_renumbers_the_routing(name):
     router, h_TD = make_router(name, E), tokens(63)
     before = router(h_TD)
@@ -145,7 +151,9 @@ def test_renumbering_experts_renumbers_the_routing(name):
         # A tree stays itself where two leaves of one split, and its sides, change places.
         order_E = exchange_siblings(router)
     with torch.no_grad():
-        for parameter in () if "trees" in ROUTERS[name].abilities else router.parameters():
+        for parameter_name, parameter in router.named_parameters():
+            if "trees" in ROUTERS[name].abilities or parameter_name.startswith(OF_NO_EXPERT):
+                continue
             # Rows after E are those of null experts.
             parameter[:E] = parameter[:E][order_E].clone()
             if parameter.shape[1:] == (E,):
@@ -156,19 +164,19 @@ def test_renumbering_experts_renumbers_the_routing(name):
     torch.testing.assert_close(after.scores_TE[:, :E], before.scores_TE[:, :E][:, order_E])
 
 
-@each_router
+@each_hearing_router
 def test_sequences_do_not_see_each_other(name):
     router, h_TD = make_router(name, E), tokens(63)
-    state = RouterState(length=9)
-    together = router(h_TD, state).weights_TE()
-    alone = [router(part_TD, state).weights_TE() for part_TD in h_TD.split(9)]
+    together = router(h_TD, RouterState(num_sequences=7)).weights_TE()
+    one = RouterState(num_sequences=1)
+    alone = [router(part_TD, one).weights_TE() for part_TD in h_TD.split(9)]
     torch.testing.assert_close(torch.cat(alone), together)
     reads = "sequences" in ROUTERS[name].abilities
     assert reads == router.reads_sequences
     assert reads != torch.equal(together, router(h_TD).weights_TE())
 
 
-@each_router
+@each_hearing_router
 def test_tokens_do_not_see_each_other(name):
     if "sequences" in ROUTERS[name].abilities:
         return
@@ -180,7 +188,7 @@ def test_tokens_do_not_see_each_other(name):
     )
 
 
-@each_router
+@each_hearing_router
 @pytest.mark.parametrize("scale", [1.0, 1e4], ids=["ordinary", "saturated"])
 def test_gradients_are_finite(name, scale):
     router, h_TD = make_router(name, E, spread_out=scale).train(), tokens(63).requires_grad_()
@@ -197,11 +205,12 @@ def test_gradients_are_finite(name, scale):
 
 @each_router
 def test_plain_routers_ignore_the_state(name):
-    if "stateful" in ROUTERS[name].abilities:
+    if ROUTERS[name].abilities & {"stateful", "sequences"}:
         return
     router, h_TD = make_router(name, E), tokens(63)
-    alone = router(h_TD)
-    state = RouterState(previous=alone)
+    alone = seeded(router, h_TD)
+    state = RouterState(previous=alone, num_sequences=3)
+    torch.manual_seed(0)
     assert torch.equal(router(h_TD, state).weights_TE(), alone.weights_TE())
 
 
@@ -213,6 +222,18 @@ def test_routing_is_pure(name):
     assert torch.equal(first.weights_TE(), second.weights_TE())
     for key, value in router.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+@each_random_router
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_draws_are_even_and_repeat_with_the_seed(name, training):
+    router, h_TD = make_router(name, E).train(training), tokens(1)
+    torch.manual_seed(0)
+    draws = [router(h_TD).counts_E() for _ in range(1000)]
+    torch.manual_seed(0)
+    assert all(torch.equal(router(h_TD).counts_E(), counts_E) for counts_E in draws)
+    # Binomial: three deviations of sqrt(1000 * 1/6 * 5/6).
+    assert (torch.stack(draws).sum(0) - 1000 / E).abs().max() < 3 * (1000 / E * (1 - 1 / E)) ** 0.5
 
 
 @pytest.mark.parametrize(
@@ -274,7 +295,7 @@ def test_unknown_setting_names_the_closest(name):
         MoELayer(17, config)
 
 
-@each_router
+@each_hearing_router
 def test_fresh_weights_are_small_and_differ(name):
     config = LayerConfig(
         num_experts=E, width=5, router=name, router_options=router_options(name, E)
@@ -324,6 +345,15 @@ def test_fresh_weights_are_small_and_differ(name):
             {"num_groups": 3, "per_group": 3},
             r"per_group must be in \[1, num_experts / num_groups=2\], got 3; lower it or",
         ),
+        ("growing-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
+        ("growing-top-k", {"initial": 1}, r"initial must be at least top_k=2, got 1; the experts"),
+        ("growing-top-k", {"initial": 7}, r"initial must be in \[1, num_experts=6\], got 7"),
+        (
+            "growing-top-k",
+            {"start_step": 9, "end_step": 8},
+            r"start_step must be in \[0, end_step=8\], got 9; a fifth",
+        ),
+        ("growing-top-k", {"seed": -1}, r"seed must be at least 0, got -1; each gives other"),
         ("linear-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("linear-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("mlp-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
@@ -360,6 +390,10 @@ def test_fresh_weights_are_small_and_differ(name):
             r"early_top_k must be at least top_k=3, got 2; equal is no early stage",
         ),
         ("progressive-top-k", {"early_steps": -1}, r"early_steps must be at least 0, got -1; 0 is"),
+        ("recurrent-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
+        ("recurrent-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
+        ("recurrent-top-k", {"size": 0}, r"size must be at least 1, got 0; 128 is the paper's"),
+        ("recurrent-top-k", {"cell": "gur"}, r"'gur' is unknown; did you mean gru"),
         ("selective-sinkhorn", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("selective-sinkhorn", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("selective-sinkhorn", {"probability": 2.0}, r"probability must be in \[0, 1\], got 2.0"),
@@ -399,6 +433,8 @@ def test_fresh_weights_are_small_and_differ(name):
         ("token-rounding", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("token-rounding", {"tile_rows": 0}, r"tile_rows must be at least 1, got 0; 128 is"),
         ("token-rounding", {"rounding": "uo"}, r"'uo' is unknown; did you mean up"),
+        ("stochastic", {"evaluation": "sequnce"}, r"'sequnce' is unknown; did you mean sequence"),
+        ("stochastic", {"seed": -1}, r"seed must be at least 0, got -1; each gives other draws"),
         ("top-p", {"threshold": 1.1}, r"threshold must be in \[0, 1\], got 1.1"),
         ("topk-softmax", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("topk-softmax", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),

@@ -100,7 +100,7 @@ def test_a_head_is_attention_over_its_own_tokens():
 def test_experts_take_their_share_of_every_sequence(length, capacity, top_k, seed, spread_out):
     router = selection(top_k=top_k, capacity=capacity, seed=seed, spread_out=spread_out)
     h_TD = tokens(3 * length, D, seed=seed)
-    routing = router(h_TD, RouterState(length=length))
+    routing = router(h_TD, RouterState(num_sequences=len(h_TD) // length))
     asked = selection(top_k=top_k, capacity=1.0, seed=seed, spread_out=spread_out)(h_TD)
     room = length if capacity == 1.0 else max(1, int(capacity * length))
     for part, wanted in zip(routing.ids_TK.split(length), asked.ids_TK.split(length), strict=True):

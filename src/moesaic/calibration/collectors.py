@@ -177,6 +177,11 @@ class Routes:
                 "collector 'routes' needs converted layers that have a router, got one without; "
                 "convert the model first"
             )
+        if len(ffn.turns()) > 1:
+            raise InputError(
+                f"collector 'routes' reads one routing of a layer, got {len(ffn.turns())} "
+                "iterations; calibrate without it"
+            )
         self.router = ffn.router
         self.ids: list[Tensor] = []
         self.weights: list[Tensor] = []

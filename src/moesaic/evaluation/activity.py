@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moesaic.nn.experts._base import Experts, constant_share
 from moesaic.nn.layer import moe_layers
@@ -35,12 +36,12 @@ class LayerUse:
     """What the tokens of one forward used of a layer.
 
     Attributes:
-        routing: Of its router; none in a layer without.
-        shared_T: Share of the always-on part's weights that each token used, [T] float64; none in
-            a layer without such a part.
+        routings: Of every iteration of its router; none in a layer without.
+        shared_T: Share of the always-on part's weights that each token used, summed over
+            iterations, [T] float64; none in a layer without such a part.
     """
 
-    routing: Routing | None = None
+    routings: list[Routing] = field(default_factory=list)
     shared_T: Tensor | None = None
 
 
@@ -73,12 +74,12 @@ def record_use(
     """
     layers = moe_layers(model)
     uses = [LayerUse() for _ in layers]
-    handles = []
+    handles: list[RemovableHandle] = []
     if shares is None:
         shares = fixed_shares(model)
     for layer, use, share in zip(layers, uses, shares, strict=True):
-        if layer.router is not None:
-            handles.append(layer.router.register_forward_hook(partial(_keep_routing, use)))
+        keep = partial(_keep_routing, use)
+        handles.extend(router.register_forward_hook(keep) for router in layer.routers())
         if layer.shared is not None:
             handles.append(layer.shared.register_forward_hook(partial(_keep_share, use, share)))
     try:
@@ -89,13 +90,14 @@ def record_use(
 
 
 def _keep_routing(use: LayerUse, module: nn.Module, args: object, routing: Routing) -> None:
-    use.routing = routing
+    use.routings.append(routing)
 
 
 def _keep_share(
     use: LayerUse, share: float | None, module: Experts, args: tuple[Tensor, ...], out: Tensor
 ) -> None:
-    use.shared_T = module.used_T(args[0]) if share is None else constant_share(args[0], share)
+    used_T = module.used_T(args[0]) if share is None else constant_share(args[0], share)
+    use.shared_T = used_T if use.shared_T is None else use.shared_T + used_T
 
 
 def token_fractions(model: nn.Module, uses: Sequence[LayerUse], dense_width: int) -> Tensor:
@@ -109,11 +111,11 @@ def token_fractions(model: nn.Module, uses: Sequence[LayerUse], dense_width: int
     shapes = layer_shapes(model, dense_width)
     total_T: Tensor | float = 0.0
     for shape, use in zip(shapes, uses, strict=True):
-        neurons_T: Tensor | float = shape.bypass_width
+        neurons_T: Tensor | float = shape.iterations * shape.bypass_width
         if use.shared_T is not None:
             neurons_T = neurons_T + use.shared_T * shape.shared_width
-        if use.routing is not None:
-            neurons_T = neurons_T + use.routing.active_T().double() * shape.width
+        for routing in use.routings:
+            neurons_T = neurons_T + routing.active_T().double() * shape.width
         total_T = total_T + neurons_T / shape.dense_width
     assert isinstance(total_T, Tensor)
     return total_T / len(shapes)
@@ -126,9 +128,10 @@ class Activation:
     Attributes:
         shapes: One per MoE layer.
         tokens: Tokens read, by domain.
-        counts: Tokens for which each expert was on, by domain: per layer an [E] int64.
+        counts: Tokens for which each expert was on, by domain: per layer an [E] int64, in which
+            every iteration counts.
         shared: Sum over tokens of the share of the always-on part's weights that they used, by
-            domain: one per layer, 0 without such a part.
+            domain, the mean over iterations: one per layer, 0 without such a part.
     """
 
     shapes: tuple[LayerShape, ...]
@@ -195,14 +198,14 @@ class ActivityMeter:
             yield
         if domain not in self._counts:
             self._tokens[domain] = 0
-            self._counts[domain] = [np.zeros(s.num_experts, np.int64) for s in self._shapes]
+            self._counts[domain] = [np.zeros(s.num_candidates, np.int64) for s in self._shapes]
             self._shared[domain] = [0.0 for _ in self._shapes]
         self._tokens[domain] += num_tokens
         for i, use in enumerate(uses):
-            if use.routing is not None:
-                self._counts[domain][i] += use.routing.counts_E().to("cpu", torch.int64).numpy()
+            for routing in use.routings:
+                self._counts[domain][i] += routing.counts_E().to("cpu", torch.int64).numpy()
             if use.shared_T is not None:
-                self._shared[domain][i] += float(use.shared_T.sum())
+                self._shared[domain][i] += float(use.shared_T.sum()) / self._shapes[i].iterations
 
     def result(self) -> Activation | None:
         """What was measured; nothing for a dense model."""

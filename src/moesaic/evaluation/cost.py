@@ -34,7 +34,8 @@ class Cost:
         active_ffn_fraction: Weights of the feed-forward networks that a token uses over those of
             the dense parent, mean over layers; those of routers are not among them.
         active_parameters: What one token uses: everything, embeddings and routers too, but the
-            experts that are off and the weights that are zero or multiplied by zero.
+            experts that are off and the weights that are zero or multiplied by zero. A layer that
+            runs several times counts what it uses as often.
         router_parameters: All parameters of the routers, which every token uses.
         flops_per_token: Two per active weight of a matrix product, head and routers included,
             embedding look-up and attention scores not. These are the FLOPs of the chosen experts;
@@ -92,7 +93,7 @@ def model_cost(
             # Whole experts go with their biases, single weights do not.
             off_parameters += off * _expert(part, biases=layer.experts is not None)
             off_matrices += off * _expert(part, biases=False)
-    routers = [layer.router for layer in layers if layer.router is not None]
+    routers = [router for layer in layers for router in layer.routers()]
     return Cost(
         total_parameters=total,
         bytes=sum(p.numel() * p.element_size() for p in parameters),
@@ -127,7 +128,7 @@ def _fractions(
         )
     for index, (value, shape, share) in enumerate(zip(given, shapes, shares, strict=True)):
         low = shape.fraction(0, 0.0 if share is None else share)
-        high = shape.fraction(shape.num_experts, 1.0 if share is None else share)
+        high = shape.fraction(shape.num_experts * shape.iterations, 1.0 if share is None else share)
         if not low - _ROUNDING <= value <= high + _ROUNDING:
             raise InputError(
                 f"active_per_layer[{index}] must be in [{low:.4g}, {high:.4g}], got {value:.4g}; "
@@ -145,12 +146,7 @@ def _matrices(model: nn.Module) -> int:
         elif isinstance(module, Experts):
             total += module.num_experts * module.own_weights() + module.common_weights()
     for layer in moe_layers(model):
-        if layer.router is not None:
-            total += sum(
-                p.numel()
-                for name, p in layer.router.named_parameters()
-                if p.dim() == 2 and name not in layer.router.training_only
-            )
+        total += sum(router.num_multiplied() for router in layer.turns())
     return total
 
 

@@ -38,7 +38,7 @@ class ActiveShare:
                 each.append(0.0)
                 continue
             each.append(shape.fraction(1.0) - always[-1])
-            self.routed[i] = moe.config.num_experts
+            self.routed[i] = moe.config.num_candidates
         self._always = np.asarray(always)
         self._each = np.asarray(each)
 
@@ -46,7 +46,7 @@ class ActiveShare:
         """Give the active fraction of every token, [T].
 
         Args:
-            used_LTE: 1 for each expert that a token used, [L, T, E] uint8.
+            used_LTE: How often a token used each expert, [L, T, E] uint8.
         """
         count_LT = used_LTE.sum(2).numpy()
         fraction_LT = self._always[:, None] + self._each[:, None] * count_LT

@@ -75,7 +75,7 @@ class Decoder:
         if length < 1 or slots < 1:
             raise InputError(f"length and slots must be at least 1, got {length} and {slots}")
         layout = layout_of(model)
-        _check_experts(model)
+        _check_layers(model)
         library.library()
         model.eval()
         self.config: Any = model.config
@@ -328,18 +328,34 @@ def _check_kind(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.
         )
 
 
-def _check_experts(model: nn.Module) -> None:
-    """Refuse what native code lacks: experts beyond their weights, routers of whole sequences."""
+def _check_layers(model: nn.Module) -> None:
+    """Refuse what native code does not do.
+
+    It reads the weights of experts and computes no more than they say, and it asks a router about
+    one layer alone.
+    """
     for i, layer in enumerate(moe_layers(model)):
         if layer.free is not None:
             raise InputError(
                 f"layer {i} has free experts ({', '.join(layer.free.kinds)}), which have no native "
                 "code; generate with transformers"
             )
-        if layer.router is not None and layer.router.reads_sequences:
+        router = layer.router
+        if router is not None and (router.needs_previous or router.reads_sequences):
             raise InputError(
-                f"layer {i} has the router {layer.config.router!r}, which reads whole sequences; "
-                "generate with transformers"
+                f"layer {i} has the router {layer.config.router!r}, which needs more than its "
+                "tokens and has no native code; generate with transformers"
+            )
+        if layer.config.iterations > 1 or layer.config.iteration_residual != "none":
+            raise InputError(
+                f"layer {i} runs {layer.config.iterations} times in a row with residual "
+                f"{layer.config.iteration_residual!r}, which has no native code; generate with "
+                "transformers"
+            )
+        if layer.config.reuse > 1:
+            raise InputError(
+                f"layer {i} uses the experts of {layer.config.reuse} layers, which has no native "
+                "code; generate with transformers"
             )
         for part in (layer.experts, layer.shared):
             own = part is not None and (

@@ -45,10 +45,11 @@ class PlainDecoder:
         layers = decoder_layers(model)
         self.num_layers = len(layers)
         self._routed = [
-            (i, module.config.num_experts)
+            (i, module.config.num_candidates)
             for i, layer in enumerate(layers)
             for module in layer.modules()
-            if isinstance(module, MoELayer) and module.router is not None
+            if isinstance(module, MoELayer)
+            for _ in module.turns()
         ]
         self.num_experts = max((count for _, count in self._routed), default=1)
         self._caches = [DynamicCache(config=model.config) for _ in range(slots)]
@@ -98,7 +99,7 @@ class PlainDecoder:
 
     def _mark(self, used_LTE: Tensor, routings: list[Routing]) -> None:
         for (i, count), routing in zip(self._routed, routings, strict=True):
-            used_LTE[i, :, :count] = routing.active_TE().cpu()
+            used_LTE[i, :, :count] += routing.active_TE().cpu()
 
     @contextmanager
     def _at(self, threshold: float) -> Iterator[None]:

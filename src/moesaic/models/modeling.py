@@ -30,7 +30,15 @@ from moesaic.models.remote import write_code
 from moesaic.nn.bypass import Bypass
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.free import FreeExperts
-from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers, pass_state, record_routing
+from moesaic.nn.layer import (
+    LayerConfig,
+    MoELayer,
+    link_layers,
+    moe_layers,
+    pass_state,
+    record_routing,
+)
+from moesaic.nn.losses._base import Passes
 from moesaic.nn.losses._table import LOSSES
 from moesaic.nn.routers._base import Router
 from moesaic.nn.routing import Routing
@@ -38,11 +46,19 @@ from moesaic.nn.routing import Routing
 
 @dataclass(slots=True)
 class LossTerm:
-    """A loss of the model: what it computes and how much it counts."""
+    """A loss of the model: what it computes and how much it counts.
+
+    Attributes:
+        function: Of what it judges, the token mask and the settings.
+        config: Its settings.
+        coef: How much it counts.
+        two_passes: Whether it judges the logits of two passes, and not the routing of a layer.
+    """
 
     function: Any
     config: Any
     coef: float
+    two_passes: bool
 
 
 class MoesaicMixin:
@@ -58,6 +74,7 @@ class MoesaicMixin:
         for layer, values in zip(decoder_layers(self), self.config.moesaic["layers"], strict=True):
             config = build_config(LayerConfig, values, where="config.moesaic.layers")
             put_layer(layer, row, MoELayer(self.config.hidden_size, config))
+        link_layers(self)
         self.attach_losses()
 
     def attach_losses(self) -> None:
@@ -66,7 +83,12 @@ class MoesaicMixin:
         for name, values in self.config.moesaic.get("losses", {}).items():
             options = {k: v for k, v in values.items() if k != "coef"}
             config = build_config(LOSSES.load_config(name), options, where=f"loss {name}")
-            self.loss_terms[name] = LossTerm(LOSSES.load(name), config, float(values["coef"]))
+            self.loss_terms[name] = LossTerm(
+                LOSSES.load(name),
+                config,
+                float(values["coef"]),
+                "two-passes" in LOSSES[name].abilities,
+            )
 
     def set_loss_coef(self, name: str, coef: float) -> None:
         """Change how much a loss counts, here and in the config that is saved."""
@@ -90,6 +112,8 @@ class MoesaicMixin:
             self._check_gradient(routings)
         total = torch.zeros((), device=mask_BS.device)
         for term in self.loss_terms.values():
+            if term.two_passes:
+                continue
             losses = [term.function(routing, mask_BS, term.config) for routing in routings]
             total = total + term.coef * torch.stack(losses).mean()
         for routing in routings:
@@ -97,12 +121,30 @@ class MoesaicMixin:
                 total = total + loss / len(routings)
         return total
 
+    def passes_loss(self, passes: Passes, mask_BS: Tensor) -> Tensor:
+        """Sum the losses that judge two passes over the same text.
+
+        Args:
+            passes: Their logits.
+            mask_BS: True where a prediction counts.
+
+        Returns:
+            A scalar in float32.
+        """
+        total = torch.zeros((), device=mask_BS.device)
+        for term in self.loss_terms.values():
+            if term.two_passes:
+                total = total + term.coef * term.function(passes, mask_BS, term.config)
+        return total
+
     def _check_gradient(self, routings: list[Routing]) -> None:
         """Refuse the one form of recomputation that would drop the losses' gradient unsaid."""
         assert isinstance(self, nn.Module)
-        routers = [layer.router for layer in moe_layers(self) if layer.router is not None]
-        all_train = all(p.requires_grad for router in routers for p in router.parameters())
-        if all_train and not all(routing.scores_TE.requires_grad for routing in routings):
+        routers = [router for layer in moe_layers(self) for router in layer.routers()]
+        weights = [p for router in routers for p in router.parameters()]
+        all_train = bool(weights) and all(p.requires_grad for p in weights)
+        # Routers without weights have no gradient either way.
+        if all_train and not any(routing.scores_TE.requires_grad for routing in routings):
             raise InputError(
                 "gradient checkpointing with use_reentrant=True gives the routing losses no "
                 "gradient; set use_reentrant to False in gradient_checkpointing_kwargs"
@@ -163,16 +205,27 @@ def _make_forward(parent: type[PreTrainedModel]) -> Any:
         if labels is None and not output_router_logits:
             with pass_state(self):
                 return parent_forward(self, *args, return_dict=return_dict, **kwargs)
-        with pass_state(self), record_routing(self) as routings:
-            out = parent_forward(self, *args, return_dict=True, **kwargs)
+
+        def run() -> Any:
+            with pass_state(self):
+                return parent_forward(self, *args, return_dict=True, **kwargs)
+
+        second: Any = None
+        with record_routing(self) as routings:
+            out = run()
+            if self.training and any(term.two_passes for term in self.loss_terms.values()):
+                second = run()
         inputs = bound.get("input_ids")
         if inputs is None:
             inputs = bound["inputs_embeds"]
-        aux_loss: Tensor | None = None
-        if routings:
-            mask_BS = _token_mask(inputs, bound.get("attention_mask"))
-            aux_loss = self.routing_loss(routings, mask_BS)
+        mask_BS = _token_mask(inputs, bound.get("attention_mask"))
+        aux_loss: Tensor | None = self.routing_loss(routings, mask_BS) if routings else None
         loss = out.loss
+        if second is not None:
+            passes = Passes(out.logits.flatten(0, 1), second.logits.flatten(0, 1))
+            judged = self.passes_loss(passes, _predicts(labels, kwargs, mask_BS))
+            aux_loss = judged if aux_loss is None else aux_loss + judged
+            loss = None if loss is None else loss + second.loss
         if loss is not None and labels is not None and aux_loss is not None:
             loss = loss + aux_loss * _share_of_batch(labels, kwargs)
         # transformers annotates a tuple of one.
@@ -200,15 +253,26 @@ def _make_forward(parent: type[PreTrainedModel]) -> Any:
     return forward
 
 
+def _shifted(labels: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """What each position but the last is to predict, or each where the caller has shifted."""
+    shifted: Tensor | None = options.get("shift_labels")
+    return labels[..., 1:] if shifted is None else shifted
+
+
+def _predicts(labels: Tensor | None, options: Mapping[str, Any], mask_BS: Tensor) -> Tensor:
+    """True where a prediction counts, [B, S]: where it has a label, or without labels all text."""
+    if labels is None:
+        return mask_BS
+    counted = _shifted(labels, options) != -100
+    return torch.nn.functional.pad(counted, (0, mask_BS.shape[1] - counted.shape[1]))
+
+
 def _share_of_batch(labels: Tensor, options: Mapping[str, Any]) -> Any:
     """Part of a batch that this forward holds, so that accumulated auxiliary losses are a mean."""
     num_items = options.get("num_items_in_batch")
     if num_items is None:
         return 1.0
-    shifted = options.get("shift_labels")
-    if shifted is None:
-        shifted = labels[..., 1:]
-    return (shifted != -100).sum() / num_items
+    return (_shifted(labels, options) != -100).sum() / num_items
 
 
 @functools.cache

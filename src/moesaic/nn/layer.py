@@ -5,10 +5,11 @@ Shapes: T tokens, D model width, E experts, F width of one expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,14 @@ class LayerConfig:
         expert_bias: Whether each expert's output has a bias, which its weight scales; the shared
             part has none of its own, that is `output_bias`.
         bypass_rank: Rank of the linear map that stands in for experts that are off; 0 for none.
+        iterations: Times that the layer runs in a row, routing anew each time (Chain-of-Experts,
+            arXiv 2506.18945). What is shared runs each time, too; no weights are added but routers.
+        iteration_residual: What an iteration gives: its experts alone (`none`), or these and its
+            input (`inner`, the paper). `change` (ours) is `inner` less the input of the layer,
+            where a decoder adds that itself.
+        one_router: Whether all iterations ask the same router; the paper found it worse.
+        reuse: Layers of a group, in a row, that choose among the experts of all of them (ReXMoE,
+            arXiv 2510.17483). Set it alike in all layers, whose number it divides.
     """
 
     num_experts: int
@@ -57,6 +66,10 @@ class LayerConfig:
     bias: bool = False
     expert_bias: bool = False
     bypass_rank: int = 0
+    iterations: int = 1
+    iteration_residual: Literal["none", "inner", "change"] = "none"
+    one_router: bool = False
+    reuse: int = 1
 
     def __post_init__(self) -> None:
         sizes = (self.num_experts, self.width, self.shared_width, self.bypass_rank)
@@ -67,6 +80,15 @@ class LayerConfig:
             )
         if self.num_experts and not self.router:
             raise InputError(f"a layer of {self.num_experts} experts needs a router; name one")
+        if self.iterations < 1:
+            raise InputError(f"iterations must be at least 1, got {self.iterations}; 2 is usual")
+        if self.reuse < 1:
+            raise InputError(f"reuse must be at least 1, got {self.reuse}; 2 to 4 are usual")
+        if max(self.iterations, self.reuse) > 1 and not self.num_experts:
+            raise InputError(
+                f"iterations={self.iterations} and reuse={self.reuse} need routed experts, got "
+                "num_experts=0; set both to 1"
+            )
         if not isinstance(self.experts, str) and len(self.experts) != self.num_experts:
             raise InputError(
                 f"experts must be one kind or one for each of the num_experts={self.num_experts}, "
@@ -82,6 +104,11 @@ class LayerConfig:
                 f"shared_width must be 0 where experts differ in kind, got {self.shared_width}; "
                 "name one kind"
             )
+
+    @property
+    def num_candidates(self) -> int:
+        """Experts that the router chooses among."""
+        return self.num_experts * self.reuse
 
 
 class MoELayer(nn.Module):
@@ -103,20 +130,23 @@ class MoELayer(nn.Module):
         self.experts: Experts | None = None
         self.shared: Experts | None = None
         if config.num_experts:
-            settings = build_config(
-                ROUTERS.load_config(config.router),
-                config.router_options,
-                where=f"router {config.router}",
-            )
-            self.router = ROUTERS.load(config.router)(dim, config.num_experts, settings)
+            self.router = self._make_router()
             self.experts = _make_experts(dim, config)
         if config.shared_width:
             self.shared = _make_shared(dim, config)
         self.free: FreeExperts | None = None
         if self.router is not None and self.router.free_experts:
             self.free = FreeExperts(dim, self.router.free_experts)
+        # Of the second iteration and those after it.
+        self.later_routers: nn.ModuleList | None = None
+        if config.iterations > 1 and not config.one_router:
+            self.later_routers = nn.ModuleList(
+                self._make_router() for _ in range(config.iterations - 1)
+            )
         self.output_bias = nn.Parameter(torch.zeros(dim)) if config.output_bias else None
         self.bypass = Bypass(dim, config.bypass_rank) if config.bypass_rank else None
+        # Of the group, in order; in a tuple, so that other layers' weights are not this one's, too.
+        self._group: tuple[Experts, ...] = ()
         # Set by `all_experts_on`: the layer then is its dense parent.
         self.all_on = False
 
@@ -131,18 +161,95 @@ class MoELayer(nn.Module):
             Outputs, in the shape and dtype of h.
         """
         h_TD = h.reshape(-1, self.dim)
+        state = replace(state or RouterState(), num_sequences=math.prod(h.shape[:-2]))
+        if self.all_on or self.router is None:
+            return self._run(h_TD, None, state)[0].reshape(h.shape)
+        residual = self.config.iteration_residual
+        x_TD = h_TD
+        for router in self.turns():
+            out_TD, routing = self._run(x_TD, router, state)
+            state = replace(state, previous=routing)
+            x_TD = out_TD if residual == "none" else x_TD + out_TD
+        if residual == "change":
+            x_TD = x_TD - h_TD
+        return x_TD.reshape(h.shape)
+
+    def routers(self) -> list[Router]:
+        """Every router of the layer, once; none where nothing is routed."""
+        later = [] if self.later_routers is None else list(self.later_routers)
+        return [router for router in (self.router, *later) if isinstance(router, Router)]
+
+    def turns(self) -> list[Router]:
+        """The router of every iteration, in their order."""
+        routers = self.routers()
+        return routers * self.config.iterations if len(routers) == 1 else routers
+
+    def _make_router(self) -> Router:
+        name = self.config.router
+        options = build_config(
+            ROUTERS.load_config(name), self.config.router_options, where=f"router {name}"
+        )
+        router: Router = ROUTERS.load(name)(self.dim, self.config.num_candidates, options)
+        return router
+
+    def link(self, layers: Sequence[MoELayer]) -> None:
+        """Take hold of the experts of its group.
+
+        Args:
+            layers: All that have a router, first to last, this one among them.
+
+        Raises:
+            InputError: If the layers cannot be grouped.
+        """
+        size = self.config.reuse
+        if size == 1:
+            return
+        place = [layer is self for layer in layers].index(True)
+        first = place - place % size
+        group = layers[first : first + size]
+        kinds = {
+            (layer.config.reuse, layer.config.num_experts, layer.config.width, layer.dim)
+            for layer in group
+        }
+        if len(group) < size or len(kinds) > 1:
+            raise InputError(
+                f"reuse={size} needs groups of {size} layers in a row with the same reuse and the "
+                f"same experts, got {len(group)} of {len(kinds)} kinds from layer {first} on; "
+                "choose a divisor of the number of layers"
+            )
+        self._group = tuple(layer.experts for layer in group if layer.experts is not None)
+
+    def _use_experts(
+        self, h_TD: Tensor, routing: Routing | None, state: RouterState | None
+    ) -> Tensor:
+        """The experts of one iteration, of all layers of the group; without a routing its own."""
+        assert self.experts is not None
+        if routing is None or self.config.reuse == 1:
+            return self.experts(h_TD, routing, state)  # type: ignore[no-any-return]
+        if not self._group:
+            raise InputError(
+                f"reuse={self.config.reuse} needs the experts of other layers, got none; run "
+                "moesaic.nn.layer.link_layers(model) after the layers are made"
+            )
+        parts = routing.split(len(self._group))
+        outs = [
+            experts(h_TD, part, state) for experts, part in zip(self._group, parts, strict=True)
+        ]
+        return torch.stack(outs).sum(0)
+
+    def _run(
+        self, h_TD: Tensor, router: Router | None, state: RouterState | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """One iteration; without a router all experts count as one."""
+        routing: Routing | None = None
         out_TD: Tensor | None = None
-        if self.router is not None and self.experts is not None:
-            if self.all_on:
-                out_TD = self.experts(h_TD, None, state)
-            else:
-                if h.dim() > 2:
-                    state = replace(state or RouterState(), length=h.shape[-2])
-                routing = self.router(h_TD, state)
-                out_TD = self.experts(h_TD, routing, state)
-                if self.free is not None:
-                    assert routing.free_weights_TZ is not None, "its router has free experts"
-                    out_TD = out_TD + self.free(h_TD, routing.free_weights_TZ)
+        if self.experts is not None:
+            if router is not None:
+                routing = router(h_TD, state)
+            out_TD = self._use_experts(h_TD, routing, state)
+        if self.free is not None and routing is not None:
+            assert routing.free_weights_TZ is not None, "its router has free experts"
+            out_TD = out_TD + self.free(h_TD, routing.free_weights_TZ)
         if self.shared is not None:
             shared_TD = self.shared(h_TD, None, state)
             out_TD = shared_TD if out_TD is None else out_TD + shared_TD
@@ -153,7 +260,7 @@ class MoELayer(nn.Module):
         # With all experts on it has nothing to stand in for.
         if self.bypass is not None and not self.all_on:
             out_TD = out_TD + self.bypass(h_TD)
-        return out_TD.reshape(h.shape)
+        return out_TD, routing
 
 
 def _make_experts(dim: int, config: LayerConfig) -> Experts:
@@ -196,6 +303,20 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
+def link_layers(model: nn.Module) -> None:
+    """Let the layers take hold of what they share, such as one recurrent cell for all routers.
+
+    A model of `moesaic.models` does this itself; for layers of one's own it is called once, when
+    all are made. What is shared stays with the layer that owns it: it is saved once.
+    """
+    layers = [layer for layer in moe_layers(model) if layer.router is not None]
+    for layer in layers:
+        layer.link(layers)
+    routers = [router for layer in layers for router in layer.routers()]
+    for router in routers:
+        router.link(routers)
+
+
 def end_step(model: nn.Module) -> None:
     """Tell every router that an optimiser step has ended.
 
@@ -205,8 +326,8 @@ def end_step(model: nn.Module) -> None:
     this; a training loop of one's own calls it after `optimizer.step()`.
     """
     for layer in moe_layers(model):
-        if layer.router is not None:
-            layer.router.end_step()
+        for router in layer.routers():
+            router.end_step()
 
 
 @contextmanager
@@ -246,11 +367,10 @@ def pass_state(model: nn.Module) -> Iterator[None]:
         last[:] = [routing]
 
     handles = []
-    if any(layer.router.needs_previous for layer in layers if layer.router is not None):
+    if any(router.needs_previous for layer in layers for router in layer.routers()):
         for layer in layers:
-            assert layer.router is not None
             handles.append(layer.register_forward_pre_hook(give, with_kwargs=True))
-            handles.append(layer.router.register_forward_hook(keep))
+            handles.extend(router.register_forward_hook(keep) for router in layer.routers())
     try:
         yield
     finally:
@@ -262,8 +382,8 @@ def pass_state(model: nn.Module) -> Iterator[None]:
 def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     """Collect the routing of every layer that has a router, in the order they run.
 
-    The hooks are gone when the block ends, so a backward pass that recomputes a layer is not
-    recorded twice.
+    A layer of several iterations gives one for each. The hooks are gone when the block ends, so a
+    backward pass that recomputes a layer is not recorded twice.
     """
     routings: list[Routing] = []
 
@@ -271,9 +391,9 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
         routings.append(routing)
 
     handles = [
-        layer.router.register_forward_hook(keep)
+        router.register_forward_hook(keep)
         for layer in moe_layers(model)
-        if layer.router is not None
+        for router in layer.routers()
     ]
     try:
         yield routings

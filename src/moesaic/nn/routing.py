@@ -6,7 +6,7 @@ Shapes: T tokens, K slots per token, E experts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Routing:
         aux: Scalar losses that only the router itself can compute, by name.
         free_weights_TZ: Weights of the experts without neurons that stand beside the E, [T, Z],
             zero where not chosen; they take no slot. None where the router has none.
+        memory_TM: What a router with a memory hands to that of the next layer, [T, M].
     """
 
     ids_TK: Tensor
@@ -40,6 +41,7 @@ class Routing:
     num_experts: int
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     free_weights_TZ: Tensor | None = None
+    memory_TM: Tensor | None = None
 
     def weights_TE(self) -> Tensor:
         """Weight of every expert for every token, [T, E]."""
@@ -49,6 +51,22 @@ class Routing:
         """Whether a token uses an expert, [T, E] bool."""
         on_TK = (self.ids_TK < self.num_experts) & (self.weights_TK != 0)
         return spread(self.ids_TK, on_TK.to(torch.int64), self.num_experts) > 0
+
+    def split(self, num_parts: int) -> list[Routing]:
+        """The same slots for equal parts of the experts; each finds those of the others empty.
+
+        Returns:
+            One routing for each part, whose scores are those of all experts.
+        """
+        size = self.num_experts // num_parts
+        parts = []
+        for first in range(0, self.num_experts, size):
+            held_TK = (self.ids_TK >= first) & (self.ids_TK < first + size)
+            ids_TK = torch.where(held_TK, self.ids_TK - first, size)
+            parts.append(
+                replace(self, ids_TK=ids_TK, weights_TK=self.weights_TK * held_TK, num_experts=size)
+            )
+        return parts
 
     def counts_E(self, mask_T: Tensor | None = None) -> Tensor:
         """Tokens that use each expert, [E] int64; `mask_T` leaves padding out."""

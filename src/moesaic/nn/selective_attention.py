@@ -90,7 +90,7 @@ class SelectiveAttention(nn.Module):
             [B, S, D] in the dtype of h_BSD.
         """
         num_sequences, length, _ = h_BSD.shape
-        routing = self.router(h_BSD.flatten(0, 1), RouterState(length=length))
+        routing = self.router(h_BSD.flatten(0, 1), RouterState(num_sequences=num_sequences))
         weights_BSH = routing.weights_TE().unflatten(0, (num_sequences, length))
         active_BHS = routing.active_TE().unflatten(0, (num_sequences, length)).movedim(2, 1)
         q_BHSP, k_BHSP, v_BHSP = torch.einsum("bsd,nhpd->nbhsp", h_BSD, self.qkv_proj)

@@ -23,6 +23,8 @@ class LayerShape:
         shared_width: Neurons that are always on.
         dense_width: Neurons of the dense parent's network.
         bypass_width: Neurons that have as many weights as the layer's bypass.
+        iterations: Times that the layer runs in a row. What runs several times counts as often.
+        reuse: Layers whose experts it chooses among; E are its own.
     """
 
     num_experts: int
@@ -30,20 +32,27 @@ class LayerShape:
     shared_width: int
     dense_width: int
     bypass_width: float = 0.0
+    iterations: int = 1
+    reuse: int = 1
+
+    @property
+    def num_candidates(self) -> int:
+        """Experts that the router chooses among."""
+        return self.num_experts * self.reuse
 
     def fraction(self, active_experts: float, shared: float = 1.0) -> float:
         """Weights in use over dense ones.
 
         Args:
-            active_experts: Experts that are on.
-            shared: Share of the always-on experts' weights in use.
+            active_experts: Experts that are on, over all iterations.
+            shared: Share of the always-on experts' weights in use, mean over iterations.
         """
-        always = self.shared_width * shared + self.bypass_width
+        always = self.iterations * (self.shared_width * shared + self.bypass_width)
         return (always + active_experts * self.width) / self.dense_width
 
     def experts_on(self, fraction: float) -> float:
         """Share of the experts that an active fraction leaves room for, in [0, 1]."""
-        room = fraction * self.dense_width - self.shared_width - self.bypass_width
+        room = fraction * self.dense_width / self.iterations - self.shared_width - self.bypass_width
         return min(1.0, max(0.0, room / (self.num_experts * self.width)))
 
     def unused(self, fraction: float) -> float:
@@ -69,6 +78,8 @@ def layer_shape(layer: MoELayer, dense_width: int) -> LayerShape:
         shared_width=config.shared_width,
         dense_width=dense_width,
         bypass_width=bypass_width,
+        iterations=config.iterations,
+        reuse=config.reuse,
     )
 
 

@@ -6,7 +6,7 @@ Shapes: T tokens, E experts, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,21 +49,25 @@ class BudgetControl:
 
 
 def active_fraction(
-    routings: Iterable[Routing], shapes: Iterable[LayerShape], mask_T: Tensor | None = None
+    routings: Sequence[Routing], shapes: Sequence[LayerShape], mask_T: Tensor | None = None
 ) -> list[float]:
     """Mean active fraction of each layer with a router, what is always on included.
 
     Args:
-        routings: Of these layers.
+        routings: Of every iteration of these layers, in one pass over the text or several.
         shapes: Of these layers.
         mask_T: Tokens that count, [T]; all if none.
     """
-    fractions = []
-    for routing, shape in zip(routings, shapes, strict=True):
+    order = [index for index, shape in enumerate(shapes) for _ in range(shape.iterations)]
+    num_passes = len(routings) // max(1, len(order))
+    experts_on = [0.0] * len(shapes)
+    for index, routing in zip(order * num_passes, routings, strict=True):
         tokens = routing.ids_TK.shape[0] if mask_T is None else int(mask_T.sum())
-        experts_on = float(routing.counts_E(mask_T).sum()) / max(1, tokens)
-        fractions.append(shape.fraction(experts_on))
-    return fractions
+        experts_on[index] += float(routing.counts_E(mask_T).sum()) / max(1, tokens)
+    return [
+        shape.fraction(count / max(1, num_passes))
+        for shape, count in zip(shapes, experts_on, strict=True)
+    ]
 
 
 def sigmoid_routers(model: nn.Module) -> list[SigmoidThreshold]:

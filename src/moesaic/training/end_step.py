@@ -13,7 +13,8 @@ class EndStep(TrainerCallback):
     """Tells routers of every optimiser step: they move their bias or follow their schedule.
 
     A Trainer of one's own needs it where a router has a bias that moves (`cmoe`, and
-    `sigmoid-top-k` with a `bias_step`) or a schedule (`progressive-top-k`, `dense-to-sparse`).
+    `sigmoid-top-k` with a `bias_step`) or a schedule (`progressive-top-k`, `growing-top-k`,
+    `dense-to-sparse`).
     """
 
     def on_optimizer_step(

@@ -167,8 +167,8 @@ def select_trainable(model: PreTrainedModel, trains: str) -> None:
             for path in filter(None, (row.gate, row.up, row.down)):
                 attrgetter(path)(layer).requires_grad_(True)
     for layer in moe_layers(model):
-        if layer.router is not None:
-            layer.router.requires_grad_(True)
+        for router in layer.routers():
+            router.requires_grad_(True)
         if trains == "ffn":
             layer.requires_grad_(True)
 
@@ -201,8 +201,8 @@ def _with_adapters(model: PreTrainedModel, config: TrainConfig) -> Any:
         ),
     )
     for layer in moe_layers(model):
-        if layer.router is not None:
-            layer.router.requires_grad_(True)
+        for router in layer.routers():
+            router.requires_grad_(True)
     return wrapped
 
 

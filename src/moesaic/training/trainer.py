@@ -97,9 +97,15 @@ class DistillTrainer(Trainer):
             routers: list[Tensor] = []
             rest: list[Tensor] = []
             assert self.model is not None
-            for name, parameter in self.model.named_parameters():
+            of_routers = {
+                parameter
+                for layer in moe_layers(self.core)
+                for router in layer.routers()
+                for parameter in router.parameters()
+            }
+            for parameter in self.model.parameters():
                 if parameter.requires_grad:
-                    (routers if ".router." in name else rest).append(parameter)
+                    (routers if parameter in of_routers else rest).append(parameter)
             groups = [
                 {"params": routers, "lr": self.settings.router_learning_rate},
                 {"params": rest, "lr": self.settings.learning_rate},
@@ -133,10 +139,10 @@ class DistillTrainer(Trainer):
 
     def _routers(self) -> dict[str, Tensor]:
         return {
-            f"{index}.{name}": tensor
+            f"{index}.{turn}.{name}": tensor
             for index, layer in enumerate(moe_layers(self.core))
-            if layer.router is not None
-            for name, tensor in layer.router.state_dict().items()
+            for turn, router in enumerate(layer.routers())
+            for name, tensor in router.state_dict().items()
         }
 
     def compute_loss(

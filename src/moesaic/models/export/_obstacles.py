@@ -102,6 +102,10 @@ def sums_to_one(options: Mapping[str, Any]) -> str:
 def _in_layer(
     layer: LayerConfig, layout: Layout, router: Callable[[Mapping[str, Any]], str]
 ) -> str:
+    if layer.iterations > 1 or layer.iteration_residual != "none":
+        return f"iterations, here {layer.iterations} ({layer.iteration_residual!r})"
+    if layer.reuse > 1:
+        return f"experts of {layer.reuse} layers in one"
     if layer.bypass_rank:
         # Its neurons are act(gate) * up: a sum of them has no slope at zero, a linear map has one.
         return (

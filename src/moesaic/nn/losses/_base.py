@@ -1,11 +1,12 @@
 """What losses share: means over the tokens that are not padding, and how uneven experts are.
 
-Shapes: B sequences, S positions, T = B * S tokens, E experts.
+Shapes: B sequences, S positions, T = B * S tokens, E experts, V vocabulary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,18 @@ from moesaic.nn.routing import Routing
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossConfig:
     """Settings of a loss that has none."""
+
+
+class Passes(NamedTuple):
+    """What a loss of the ability `two-passes` is given in the place of a routing.
+
+    Attributes:
+        first_TV: Logits of a pass over the text, [T, V].
+        second_TV: Those of another pass over the same text, with draws of its own, [T, V].
+    """
+
+    first_TV: Tensor
+    second_TV: Tensor
 
 
 def token_mean(values_T: Tensor, mask_BS: Tensor) -> Tensor:

@@ -8,6 +8,14 @@ LOSSES = MethodTable(
     "loss",
     [
         MethodInfo(
+            name="consistency",
+            target="moesaic.nn.losses.consistency:consistency_loss",
+            config="moesaic.nn.losses._base:LossConfig",
+            summary="Divergence of two passes with other experts: makes them interchangeable",
+            paper="THOR, arXiv 2110.04260",
+            abilities=frozenset({"two-passes"}),
+        ),
+        MethodInfo(
             name="diversity",
             target="moesaic.nn.losses.diversity:diversity_loss",
             config="moesaic.nn.losses._base:LossConfig",

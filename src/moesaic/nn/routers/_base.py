@@ -6,6 +6,7 @@ Shapes: T tokens, D model width, E experts, K experts per token.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -26,13 +27,13 @@ class RouterState:
 
     Attributes:
         previous: Routing of the layer before, or none in the first.
-        length: S, where the tokens are those of whole sequences of S, one after another.
         sequences: The sequence behind each token, for experts that read one.
+        num_sequences: B, which the tokens are equal parts of, in turn; none where nobody knows.
     """
 
     previous: Routing | None = None
-    length: int | None = None
     sequences: Sequences | None = None
+    num_sequences: int | None = None
 
 
 class Router(nn.Module, ABC):
@@ -42,8 +43,8 @@ class Router(nn.Module, ABC):
         num_experts: E, the real experts.
         free_experts: Kinds of the experts without neurons that it chooses among, too.
         needs_previous: Whether it needs the routing of the layer before, in its state.
-        reads_sequences: Whether a token's experts depend on other tokens of its sequence; its state
-            says where sequences end.
+        reads_sequences: Whether a token's experts depend on the sequence that it is of; its state
+            says how many there are.
         training_only: Names of parameters that take no part in evaluation.
         score_gate: What makes gates of its scores, where its weights may not tell.
     """
@@ -63,11 +64,26 @@ class Router(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw fresh weights."""
 
+    def link(self, routers: Sequence[Router]) -> None:
+        """Take hold of what it shares with the routers of other layers; most share nothing.
+
+        Args:
+            routers: Of all layers, first to last, this one among them.
+        """
+
     def end_step(self) -> None:
         """Act on the optimiser step that just ended; most routers do nothing.
 
         Some move a bias by its loads; those with a schedule count it on their `StepClock`.
         """
+
+    def num_multiplied(self) -> int:
+        """Weights that a token multiplies in evaluation."""
+        return sum(
+            p.numel()
+            for name, p in self.named_parameters(recurse=False)
+            if p.dim() == 2 and name not in self.training_only
+        )
 
 
 class LinearRouter(Router, ABC):
@@ -116,17 +132,20 @@ def check_top_k(top_k: int, num_experts: int, field: str = "top_k") -> None:
         )
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Keep autocast from computing in half what is inside."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def linear_scores(h_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
     """Score every expert in float32 or better, whatever the dtype of the model or of autocast.
 
     A decision near its threshold must not depend on them.
     """
     dtype = torch.promote_types(h_TD.dtype, torch.float32)
-    device = h_TD.device.type
-    plain: AbstractContextManager[object] = nullcontext()
-    if torch.amp.is_autocast_available(device):
-        plain = torch.autocast(device, enabled=False)
-    with plain:
+    with full_precision(h_TD.device):
         scores_TE = torch.nn.functional.linear(h_TD.to(dtype), weight_ED.to(dtype))
     return scores_TE if bias_E is None else scores_TE + bias_E.to(dtype)
 

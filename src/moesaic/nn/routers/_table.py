@@ -40,6 +40,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"softmax", "top-k", "groups"}),
         ),
         MethodInfo(
+            name="growing-top-k",
+            target="moesaic.nn.routers.growing_top_k:GrowingTopK",
+            config="moesaic.nn.routers.growing_top_k:GrowingTopKConfig",
+            summary="Top-k of a random part of the experts that grows to all in training",
+            paper="ReXMoE, arXiv 2510.17483",
+            abilities=frozenset({"softmax", "top-k", "scheduled"}),
+        ),
+        MethodInfo(
             name="linear-top-k",
             target="moesaic.nn.routers.linear_top_k:LinearTopK",
             config="moesaic.nn.routers._base:TopKConfig",
@@ -96,6 +104,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"softmax", "top-k", "scheduled"}),
         ),
         MethodInfo(
+            name="recurrent-top-k",
+            target="moesaic.nn.routers.recurrent_top_k:RecurrentTopK",
+            config="moesaic.nn.routers.recurrent_top_k:RecurrentTopKConfig",
+            summary="Top-k of a recurrent state that a token carries from layer to layer",
+            paper="RMoE, arXiv 2408.06793",
+            abilities=frozenset({"softmax", "top-k"}),
+        ),
+        MethodInfo(
             name="selective-sinkhorn",
             target="moesaic.nn.routers.selective_sinkhorn:SelectiveSinkhorn",
             config="moesaic.nn.routers.selective_sinkhorn:SelectiveSinkhornConfig",
@@ -126,6 +142,14 @@ ROUTERS = MethodTable(
             summary="Soft decision trees with the experts as leaves; each comes to reach one",
             paper="COMET, arXiv 2306.02824",
             abilities=frozenset({"trees", "variable"}),
+        ),
+        MethodInfo(
+            name="stochastic",
+            target="moesaic.nn.routers.stochastic:Stochastic",
+            config="moesaic.nn.routers.stochastic:StochasticConfig",
+            summary="One expert at random: for the batch in training, then by token or sequence",
+            paper="THOR, arXiv 2110.04260",
+            abilities=frozenset({"random"}),
         ),
         MethodInfo(
             name="straight-through-top-k",

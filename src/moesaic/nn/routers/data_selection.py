@@ -72,7 +72,7 @@ class DataSelection(LinearRouter):
 
         Args:
             h_TD: Inputs, [T, D], the tokens of a sequence one after another.
-            state: Its `length` says where sequences end; without it there is one.
+            state: Its `num_sequences` says how many the tokens make; one if it does not.
 
         Returns:
             K = top_k slots, highest first, empty where an expert had no room; scores are logits.
@@ -85,8 +85,8 @@ class DataSelection(LinearRouter):
         if self.config.weight == "none":
             weights_TK = torch.ones_like(weights_TK)
         if self.reads_sequences and h_TD.shape[0]:
-            length = h_TD.shape[0] if state is None or state.length is None else state.length
-            taken_TK = self._taken(gates_TE.detach(), ids_TK, length)
+            num_sequences = (None if state is None else state.num_sequences) or 1
+            taken_TK = self._taken(gates_TE.detach(), ids_TK, len(h_TD) // num_sequences)
             ids_TK = torch.where(taken_TK, ids_TK, self.num_experts)
             weights_TK = weights_TK.masked_fill(~taken_TK, 0.0)
         return Routing(ids_TK, weights_TK, scores_TE, self.num_experts)

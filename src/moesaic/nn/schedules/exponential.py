@@ -26,5 +26,4 @@ def exponential(progress: float, start: float, end: float) -> float:
         raise InputError(
             f"an exponential schedule must start and end above 0, got {start} and {end}; use linear"
         )
-    value: float = start * (end / start) ** progress
-    return value
+    return float(start * (end / start) ** progress)
