@@ -22,9 +22,8 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from moesaic.data import DataConfig, load_documents
 from moesaic.evaluation import machine_info
-from moesaic.models.architectures import ARCHITECTURES
-from moesaic.models.modeling import moesaic_classes
-from moesaic.nn.layer import end_step, moe_layers, record_routing
+from moesaic.models.mixture import fresh_mixture
+from moesaic.nn.layer import LayerConfig, end_step, moe_layers, record_routing
 
 VOCAB = 256
 
@@ -56,11 +55,8 @@ def tiny_mixture(
     config: LlamaConfig, layer: dict[str, Any] | list[dict[str, Any]], losses: dict[str, Any]
 ) -> Any:
     """Make a Llama whose networks are MoE layers with fresh weights, alike or one by one."""
-    config_class, model_class = moesaic_classes(ARCHITECTURES["llama"])
-    values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
     layers = layer if isinstance(layer, list) else [layer] * config.num_hidden_layers
-    moesaic = {"layers": layers, "losses": losses}
-    return model_class(config_class(**values, moesaic=moesaic))
+    return fresh_mixture(config, [LayerConfig(**values) for values in layers], losses)
 
 
 def text_bytes(num_train: int, num_held: int) -> tuple[Tensor, Tensor]:
