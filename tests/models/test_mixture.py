@@ -1,4 +1,4 @@
-"""A language model made of parts: what its config says is what is built, trained, saved and read."""
+"""A language model made of parts: what its config says is built, trained, saved and read."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from moesaic._config import build_config
 from moesaic.nn.layer import LayerConfig, MoELayer
 from moesaic.nn.losses._table import LOSSES
-from moesaic.nn.routers._base import Router
+from moesaic.nn.routers._base import Router, RouterState
 from moesaic.nn.routers._table import ROUTERS
 from moesaic.nn.routing import Routing
 
@@ -21,6 +21,8 @@ def router_options(name: str, num_experts: int, **options: Any) -> dict[str, Any
     fields = {field.name: field for field in dataclasses.fields(ROUTERS.load_config(name))}
     if "top_k" in fields:
         options.setdefault("top_k", min(fields["top_k"].default, num_experts))
+    if "capacity" in fields:
+        options.setdefault("capacity", min(fields["capacity"].default, num_experts))
     if "probability" in fields:
         # Else hardly any test would see what is done now and then.
         options.setdefault("probability", 1.0)
@@ -82,6 +84,13 @@ def tokens(num_tokens: int, dim: int = 17, *, seed: int = 1, dtype=torch.float32
     """Draw inputs."""
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(num_tokens, dim, generator=draw, dtype=torch.float64).to(dtype)
+
+
+def route(router: Router, h_TD: Tensor, **state: Any) -> Routing:
+    """Route as a model does: with ids that follow from the tokens for a router that reads them."""
+    if router.needs_tokens:
+        state["tokens_T"] = (1000 * h_TD[:, 0].double()).long() % router.config.vocab_size
+    return router(h_TD, RouterState(**state) if state else None)
 
 
 def set_scores(router: Router, scores_TE: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ from moesaic.analysis._headline import Headline, headline
 from moesaic.analysis.comparison import Comparison, verdicts
 from moesaic.analysis.comparison_markdown import comparison_markdown
 from moesaic.analysis.comparison_page import render_comparison
+from moesaic.analysis.leaderboard import Leaderboard, board_verdicts
+from moesaic.analysis.leaderboard_markdown import leaderboard_markdown
+from moesaic.analysis.leaderboard_page import render_leaderboard
 from moesaic.analysis.report import render_report, write_report
 from moesaic.analysis.suggestion import (
     Prediction,
@@ -18,15 +21,19 @@ from moesaic.analysis.table import summary_rows, summary_table
 __all__ = [
     "Comparison",
     "Headline",
+    "Leaderboard",
     "Prediction",
     "Suggestion",
     "advice",
+    "board_verdicts",
     "check_sentence",
     "checks",
     "comparison_markdown",
     "headline",
+    "leaderboard_markdown",
     "predictions_markdown",
     "render_comparison",
+    "render_leaderboard",
     "render_report",
     "summary_rows",
     "summary_table",

@@ -161,9 +161,9 @@ def _make_forward(parent: type[PreTrainedModel]) -> Any:
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         if labels is None and not output_router_logits:
-            with pass_state(self):
+            with pass_state(self, bound.get("input_ids")):
                 return parent_forward(self, *args, return_dict=return_dict, **kwargs)
-        with pass_state(self), record_routing(self) as routings:
+        with pass_state(self, bound.get("input_ids")), record_routing(self) as routings:
             out = parent_forward(self, *args, return_dict=True, **kwargs)
         inputs = bound.get("input_ids")
         if inputs is None:

@@ -173,24 +173,30 @@ def all_experts_on(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def pass_state(model: nn.Module) -> Iterator[None]:
-    """Give routers that need it the routing of the layer before, in the order the layers run.
+def pass_state(model: nn.Module, tokens: Tensor | None = None) -> Iterator[None]:
+    """Give routers that need it the token ids and the routing of the layer that ran before.
 
     It holds for one pass over the model, whose own `forward` does this. Without such routers
     nothing happens.
+
+    Args:
+        model: Whose layers run while it lasts.
+        tokens: Ids of the tokens of the pass, in any shape; none if they are not known.
     """
     layers = [layer for layer in moe_layers(model) if layer.router is not None]
     last: list[Routing] = []
+    tokens_T = None if tokens is None else tokens.flatten()
 
     def give(layer: MoELayer, args: Any, options: dict[str, Any]) -> Any:
-        state = RouterState(previous=last[0] if last else None)
+        state = RouterState(previous=last[0] if last else None, tokens_T=tokens_T)
         return args, {**options, "state": state}
 
     def keep(router: nn.Module, args: object, routing: Routing) -> None:
         last[:] = [routing]
 
     handles = []
-    if any(layer.router.needs_previous for layer in layers if layer.router is not None):
+    routers = [layer.router for layer in layers if layer.router is not None]
+    if any(router.needs_previous or router.needs_tokens for router in routers):
         for layer in layers:
             assert layer.router is not None
             handles.append(layer.register_forward_pre_hook(give, with_kwargs=True))

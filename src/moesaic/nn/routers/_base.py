@@ -25,10 +25,12 @@ class RouterState:
     Attributes:
         previous: Routing of the layer before, or none in the first.
         progress: Part of the training done, in [0, 1].
+        tokens_T: Ids of the tokens, [T] int64, or none where they are not known.
     """
 
     previous: Routing | None = None
     progress: float = 0.0
+    tokens_T: Tensor | None = None
 
 
 class Router(nn.Module, ABC):
@@ -38,12 +40,14 @@ class Router(nn.Module, ABC):
         num_experts: E, the real experts.
         free_experts: Kinds of the experts without neurons that it chooses among, too.
         needs_previous: Whether it needs the routing of the layer before, in its state.
+        needs_tokens: Whether it needs the ids of the tokens, in its state.
         training_only: Names of parameters that take no part in evaluation.
     """
 
     num_experts: int
     free_experts: tuple[FreeKind, ...] = ()
     needs_previous: bool = False
+    needs_tokens: bool = False
     training_only: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
