@@ -87,10 +87,15 @@ def tokens(num_tokens: int, dim: int = 17, *, seed: int = 1, dtype=torch.float32
 
 
 def route(router: Router, h_TD: Tensor, **state: Any) -> Routing:
-    """Route as a model does: with ids that follow from the tokens for a router that reads them."""
-    if router.needs_tokens:
-        state["tokens_T"] = (1000 * h_TD[:, 0].double()).long() % router.config.vocab_size
-    return router(h_TD, RouterState(**state) if state else None)
+    """Route as a model does, with ids that follow from the tokens for a router that reads them."""
+    return router(h_TD, RouterState(**state, **token_ids(router, h_TD)))
+
+
+def token_ids(router: Router, h: Tensor) -> dict[str, Tensor]:
+    """What a model adds to the state of a router that reads ids of tokens, [..., D] to [T]."""
+    if not router.needs_tokens:
+        return {}
+    return {"tokens_T": (1000 * h[..., 0].flatten().double()).long() % router.config.vocab_size}
 
 
 def set_scores(router: Router, scores_TE: Tensor) -> Tensor:
