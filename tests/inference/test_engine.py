@@ -237,6 +237,12 @@ def test_free_experts_are_refused():
         Engine(model, length=64)
 
 
+@pytest.mark.parametrize("router", ["hash", "expert-choice"])
+def test_routers_that_need_more_than_the_token_are_refused(router):
+    with pytest.raises(InputError, match=rf"layer 0 has the router '{router}', whose choice depe"):
+        Engine(converted(LLAMA, router=router), length=64)
+
+
 def test_rotary_angles_that_move_are_refused():
     model = dense_model(LLAMA)
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}

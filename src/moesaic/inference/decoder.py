@@ -26,6 +26,7 @@ from moesaic.models.ffn import decoder_layers, read_ffn
 from moesaic.nn.bypass import Bypass
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.layer import MoELayer, all_experts_on, moe_layers
+from moesaic.nn.routers._table import ROUTERS
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 from moesaic.ops.cpu import library, structs
 from moesaic.ops.cpu.packed import (
@@ -331,6 +332,13 @@ def _check_kind(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.
 def _check_experts(model: nn.Module) -> None:
     """Refuse kinds of experts that compute more than their weights say: native code reads those."""
     for i, layer in enumerate(moe_layers(model)):
+        router = layer.config.router
+        # Native code has no token ids there, and runs several sequences as one batch.
+        if router and ROUTERS[router].abilities & {"reads-tokens", "sees-batch"}:
+            raise InputError(
+                f"layer {i} has the router {router!r}, whose choice depends on more than the token "
+                "itself, so it has no native code; generate with transformers"
+            )
         if layer.free is not None:
             raise InputError(
                 f"layer {i} has free experts ({', '.join(layer.free.kinds)}), which have no native "
