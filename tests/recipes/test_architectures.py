@@ -335,7 +335,7 @@ BROKEN = {
     ),
     "hold": (
         {"architectures": {"a": {**TOP2, "active": 2, "hold": True}}},
-        "hold needs active and the loss sparsity, whose weight it moves; add both",
+        "hold needs the router sigmoid-threshold, active and the loss sparsity, whose weight",
     ),
     "layer": (
         {"architectures": {"a": {**TOP2, "layer": {"width": 8}}}},

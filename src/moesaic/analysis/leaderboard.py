@@ -8,7 +8,7 @@ shown and not ranked.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
@@ -70,10 +70,8 @@ class Standing:
         dead: Experts without a token, mean over seeds.
         total_experts: Of all layers.
         train_tokens_per_s: While training.
-        read_tokens_per_s: While reading the held-out text.
         parameters: All.
         active_parameters: What one token uses.
-        seconds: Of a cell.
         curve: Tokens and training loss of the first seed.
         layers: `max_over_mean` of every layer of the first seed.
     """
@@ -95,12 +93,10 @@ class Standing:
     dead: float | None = None
     total_experts: int = 0
     train_tokens_per_s: float | None = None
-    read_tokens_per_s: float | None = None
     parameters: float | None = None
     active_parameters: float | None = None
-    seconds: float | None = None
     curve: Sequence[tuple[float, float]] = ()
-    layers: Sequence[float] = field(default_factory=tuple)
+    layers: Sequence[float] = ()
 
 
 def standings(board: Leaderboard) -> list[Standing]:
@@ -125,7 +121,7 @@ def _standing(name: str, lines: Sequence[Mapping[str, Any]]) -> Standing:
     failed = next((line for line in lines if line["status"] != "done"), None)
     reason = "" if failed is None else str(failed["reason"])
     if not done:
-        status = "missing" if failed is None else failed["status"]
+        status: Any = "missing" if failed is None else failed["status"]
         return Standing(name=name, status=status, reason=reason)
     losses = [_number(line, "quality", "loss") for line in done]
     ratios = [_number(line, "flops", "ratio") for line in done]
@@ -152,10 +148,8 @@ def _standing(name: str, lines: Sequence[Mapping[str, Any]]) -> Standing:
         dead=_mean_of(done, "balance", "dead"),
         total_experts=balance.get("experts", 0),
         train_tokens_per_s=_mean_of(done, "speed", "train_tokens_per_s"),
-        read_tokens_per_s=_mean_of(done, "speed", "read_tokens_per_s"),
         parameters=_mean_of(done, "cost", "total_parameters"),
         active_parameters=_mean_of(done, "cost", "active_parameters"),
-        seconds=_mean_of(done, "seconds", "total"),
         curve=curve,
         layers=[one["max_over_mean"] for one in _record.items(balance, "layers")],
     )

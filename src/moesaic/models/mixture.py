@@ -159,6 +159,5 @@ def fresh_mixture(
         # With all experts on it is nobody's parent, so it is no teacher of itself.
         "exact": False,
     }
-    make: Any = model_class
-    model: PreTrainedModel = make(config_class(**values, moesaic=moesaic))
-    return model
+    made: PreTrainedModel = model_class(config_class(**{**values, "moesaic": moesaic}))
+    return made

@@ -134,7 +134,8 @@ class SigmoidTopK(Router):
         best_TG = choice_TGN.topk(min(2, choice_TGN.shape[2]), dim=-1).values.sum(-1)
         groups_TJ = best_TG.topk(config.top_groups, dim=-1).indices
         barred_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter(1, groups_TJ, False)
-        return choice_TGN.masked_fill(barred_TG.unsqueeze(2), -torch.inf).flatten(1)
+        allowed_TGN: Tensor = choice_TGN.masked_fill(barred_TG.unsqueeze(2), -torch.inf)
+        return allowed_TGN.flatten(1)
 
     def end_step(self) -> None:
         """Move the bias of every expert towards the mean load of the step."""

@@ -62,7 +62,7 @@ def match(protocol: ArchitectureProtocol, name: str, vocab_size: int) -> Matched
     """
     architecture = protocol.architectures[name]
     block = protocol.data.block
-    base = dataclasses.replace(protocol.model, vocab_size=vocab_size, positions=block)
+    base = dense_model(protocol, vocab_size)
     reference = count_flops(base, 0.0, block)
     if not architecture.experts:
         mixture = _at(base, architecture, base.width)
@@ -83,6 +83,12 @@ def match(protocol: ArchitectureProtocol, name: str, vocab_size: int) -> Matched
     return Matched(
         mixture=mixture, width=width, active=active, reference_flops=reference, flops=flops
     )
+
+
+def dense_model(protocol: ArchitectureProtocol, vocab_size: int) -> MixtureConfig:
+    """The model whose cost is everybody's, with dense networks."""
+    block = protocol.data.block
+    return dataclasses.replace(protocol.model, vocab_size=vocab_size, positions=block)
 
 
 def _at(base: MixtureConfig, architecture: Architecture, width: int) -> MixtureConfig:

@@ -120,7 +120,8 @@ def measure(
     split = DataSplit.load(directory / "text")
     seconds: dict[str, float] = {}
     torch.manual_seed(cell.seed)
-    model: Any = build_mixture(found.mixture).to(device_of(protocol))
+    model: Any = build_mixture(found.mixture)
+    model.to(device_of(protocol))
     config = protocol.training(cell.architecture, settings["train"]["active"], cell.seed)
     with timed(seconds, "training"):
         model, results = train(model, split.train, config, work / "training", progress)

@@ -98,9 +98,14 @@ class Architecture:
                 f"active must be in (0, experts={self.experts}], got {self.active:g}; it counts "
                 "the routed experts of a token"
             )
-        if self.hold and (self.active is None or "sparsity" not in self.losses):
+        if self.hold and (
+            self.router != "sigmoid-threshold"
+            or self.active is None
+            or "sparsity" not in self.losses
+        ):
             raise InputError(
-                "hold needs active and the loss sparsity, whose weight it moves; add both"
+                "hold needs the router sigmoid-threshold, active and the loss sparsity, whose "
+                "weight it moves; add them or leave it out"
             )
 
     @property

@@ -13,8 +13,8 @@ from moesaic._progress import SILENT, Progress
 from moesaic.analysis import Leaderboard, leaderboard_markdown, render_leaderboard
 from moesaic.evaluation.machine import flops_per_s
 from moesaic.recipes.architectures.cells import ArchitectureCell, architecture_cells
-from moesaic.recipes.architectures.matching import Matched
-from moesaic.recipes.architectures.measure import matched, resolved
+from moesaic.recipes.architectures.matching import count_flops, dense_model
+from moesaic.recipes.architectures.measure import matched, resolved, tokenizer_of
 from moesaic.recipes.architectures.protocol import ArchitectureProtocol
 from moesaic.recipes.comparison.cells import Selection, select
 from moesaic.recipes.comparison.grid import Grid, Runner, fill, gather_lines, list_cells
@@ -88,13 +88,16 @@ def estimate_architectures(
     counted FLOPs at the rate of this machine's CPU.
     """
     check_train(protocol.train, protocol.data.block)
-    reference: Matched = matched(protocol, cells[0].architecture) if cells else None  # type: ignore[assignment]
-    rate = _EFFICIENCY * flops_per_s()
-
-    def guess(cell: ArchitectureCell) -> float:
-        return _TRAINING_PASSES * protocol.train.tokens * reference.reference_flops / rate
-
-    return list_cells(grid_of(protocol), directory, cells, guess, lambda cell: cell.architecture)
+    dense = dense_model(protocol, len(tokenizer_of(protocol.tokenizer)))
+    token_flops = _TRAINING_PASSES * count_flops(dense, 0.0, protocol.data.block)
+    seconds = protocol.train.tokens * token_flops / (_EFFICIENCY * flops_per_s())
+    return list_cells(
+        grid_of(protocol),
+        directory,
+        cells,
+        guess=lambda cell: seconds,
+        kin=lambda cell: cell.architecture,
+    )
 
 
 def write_leaderboard(
