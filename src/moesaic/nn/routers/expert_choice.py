@@ -29,8 +29,7 @@ class ExpertChoiceConfig:
     """Settings of the router.
 
     Attributes:
-        capacity: Experts that a token has on average, at most E; the paper uses 2 and finds 1
-            nearly as good.
+        capacity: Experts that a token has on average, at most E; 2 costs what top-2 costs.
     """
 
     capacity: float = 2.0

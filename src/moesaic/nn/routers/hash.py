@@ -29,7 +29,7 @@ class HashConfig:
     Attributes:
         vocab_size: V, of the model.
         top_k: Experts per token; the paper uses 1.
-        seed: Of the table. Layers with different seeds group tokens differently, as the paper does.
+        seed: Of the table. Layers with different seeds group tokens differently.
     """
 
     vocab_size: int = 257
