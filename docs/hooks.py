@@ -4,9 +4,10 @@ A page asks for them with a comment on a line of its own:
 `<!-- methods: router -->` lists one family and documents each method from its source;
 `<!-- systems -->` lists the published systems, `<!-- architectures -->` the decoders that can be
 converted, `<!-- commands -->` the commands, `<!-- speeds -->` the committed speeds of networks and
-`<!-- comparison -->` the committed comparison of methods; `<!-- evidence -->` shows the committed
-results of working systems and `<!-- dsmoe -->` the tables of the one for DSMoE; `<!-- choices -->`
-says of each working system when to use it. Every working system also has a page of its own.
+`<!-- comparison -->` the committed comparison of methods and `<!-- leaderboard -->` that of
+architectures; `<!-- evidence -->` shows the committed results of working systems and
+`<!-- dsmoe -->` the tables of the one for DSMoE; `<!-- choices -->` says of each working system
+when to use it. Every working system also has a page of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from moesaic import catalog
 
 _METHODS = re.compile(r"^<!-- methods: ([a-z-]+) -->$", re.MULTILINE)
 _LIST = re.compile(
-    r"^<!-- (systems|architectures|commands|speeds|comparison|evidence|dsmoe|choices) -->$",
+    r"^<!-- (systems|architectures|commands|speeds|comparison|leaderboard|evidence|dsmoe|choices)"
+    r" -->$",
     re.MULTILINE,
 )
 # How far from the physical limit a network may be at most, by tokens in a call, at the shapes whose
@@ -68,7 +70,8 @@ def render(markdown: str) -> str:
         "architectures": _architectures,
         "commands": _commands,
         "speeds": _speeds,
-        "comparison": _comparison,
+        "comparison": lambda: _report("quality"),
+        "leaderboard": lambda: _report("architectures"),
         "evidence": _evidence,
         "dsmoe": _dsmoe,
         "choices": choices,
@@ -205,9 +208,9 @@ def _speeds() -> str:
     return "\n\n".join(sections)
 
 
-def _comparison() -> str:
-    """Show the report that stands beside the committed results; a test writes it anew."""
-    return (_PACKAGE.parents[1] / "bench" / "results" / "quality" / "report.md").read_text("utf-8")
+def _report(name: str) -> str:
+    """Show the report that stands beside committed results; a test writes it anew."""
+    return (_PACKAGE.parents[1] / "bench" / "results" / name / "report.md").read_text("utf-8")
 
 
 def _speed(cell: dict[str, Any]) -> str:

@@ -24,11 +24,9 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from moesaic._config import to_plain
 from moesaic.data import DataConfig, load_documents
 from moesaic.evaluation import machine_info
-from moesaic.models.architectures import ARCHITECTURES
-from moesaic.models.modeling import moesaic_classes
+from moesaic.models.mixture import fresh_mixture
 from moesaic.nn.layer import LayerConfig, end_step, moe_layers, record_routing
 
 VOCAB = 256
@@ -64,11 +62,8 @@ def tiny_mixture(
     config: LlamaConfig, layer: LayerConfig | Sequence[LayerConfig], losses: Mapping[str, Any]
 ) -> Any:
     """Make a Llama whose networks are MoE layers with fresh weights, alike or one by one."""
-    config_class, model_class = moesaic_classes(ARCHITECTURES["llama"])
-    values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
     layers = [layer] * config.num_hidden_layers if isinstance(layer, LayerConfig) else layer
-    moesaic = {"layers": [to_plain(one) for one in layers], "losses": dict(losses)}
-    return model_class(config_class(**values, moesaic=moesaic))
+    return fresh_mixture(config, layers, losses)
 
 
 def text_bytes(num_train: int = 400_000, num_held: int = 60_000) -> tuple[Tensor, Tensor]:

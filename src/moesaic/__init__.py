@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moesaic.data import DataConfig, prepare
     from moesaic.evaluation import EvaluationConfig, evaluate
     from moesaic.models.checkpoint import load, load_dense, save
+    from moesaic.models.mixture import MixtureConfig, build_mixture
     from moesaic.nn.layer import LayerConfig, MoELayer, all_experts_on, record_routing
     from moesaic.nn.routing import Routing
     from moesaic.recipes.exporting import ExportConfig, export
@@ -35,11 +36,13 @@ _HOMES = {
     "FLAP": "moesaic.compression.pruning.flap",
     "LLaMAMoE": "moesaic.conversion.llama_moe",
     "LayerConfig": "moesaic.nn.layer",
+    "MixtureConfig": "moesaic.models.mixture",
     "MoELayer": "moesaic.nn.layer",
     "Routing": "moesaic.nn.routing",
     "SparseUpcycling": "moesaic.conversion.sparse_upcycling",
     "TrainConfig": "moesaic.training",
     "all_experts_on": "moesaic.nn.layer",
+    "build_mixture": "moesaic.models.mixture",
     "calibrate": "moesaic.calibration",
     "convert": "moesaic.conversion.api",
     "evaluate": "moesaic.evaluation",
@@ -62,12 +65,14 @@ __all__ = [
     "ExportConfig",
     "LLaMAMoE",
     "LayerConfig",
+    "MixtureConfig",
     "MoELayer",
     "Routing",
     "SparseUpcycling",
     "TrainConfig",
     "__version__",
     "all_experts_on",
+    "build_mixture",
     "calibrate",
     "convert",
     "evaluate",

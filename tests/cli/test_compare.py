@@ -8,6 +8,7 @@ from recipe_cases import write_model, write_text
 
 from moesaic.cli.main import main
 from moesaic.recipes import comparison
+from moesaic.recipes.architectures import compare_architectures
 from moesaic.recipes.comparison.process import Outcome, do_piece
 
 
@@ -96,3 +97,36 @@ def test_wrong_input(protocol, tmp_path, capsys):
         printed = capsys.readouterr()
         assert printed.out == ""
         assert message in printed.err
+
+
+def test_architectures_have_the_same_command(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(
+        compare_architectures.__kwdefaults__, "run", lambda piece, log, bar: do_piece(piece, bar)
+    )
+    values = {
+        "kind": "architectures",
+        "model": {"dim": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "width": 32},
+        "data": {"sources": [f"notes={root / 'text'}"], "block": 32},
+        "heldout": {"blocks_per_domain": 2},
+        "train": {"tokens": 64},
+        "device": "cpu",
+        "seeds": [0],
+        "architectures": {"dense": {}, "top-2": {"experts": 4, "router": "topk-softmax"}},
+    }
+    path, out = tmp_path / "a.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(values))
+    argv = ["compare", str(path), "--out", str(out)]
+    assert main([*argv, "--dry-run"]) == 0
+    assert "architecture" in capsys.readouterr().out
+    assert main([*argv, "--only", "architecture=top-2"]) == 0
+    assert "After 64 tokens top-2 has the lowest loss" in capsys.readouterr().out
+    assert main([*argv, "--report", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["report"] == str(out / "report.html")
+    assert "one seed" in result["verdicts"][1]
+    assert main([*argv, "--only", "method=top-2"]) == 2
+    assert "field of a cell 'method' is unknown" in capsys.readouterr().err
+    assert main([*argv, "--suggest"]) == 2
+    assert "suggest must be off" in capsys.readouterr().err
+    assert main([*argv, "--set", "kind=archtectures"]) == 2
+    assert "'archtectures' is unknown; did you mean architectures" in capsys.readouterr().err

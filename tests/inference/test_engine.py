@@ -250,6 +250,8 @@ def test_free_experts_are_refused():
     ("router", "options"),
     [
         ("data-selection", {}),
+        ("expert-choice", {}),
+        ("hash", {}),
         ("recurrent-top-k", {"first": False}),
         ("stochastic", {"evaluation": "sequence"}),
     ],

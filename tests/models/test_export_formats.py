@@ -232,6 +232,13 @@ def test_what_a_layer_has_that_it_lacks(name, values, message):
     check_model(export_format("remote-code"), config)
 
 
+@pytest.mark.parametrize("name", ["glm4_moe", "gguf"])
+def test_groups_of_experts_are_refused(name):
+    config = with_layers(fitting("glm4_moe").config, router_options={"num_groups": 2})
+    with pytest.raises(InputError, match=rf"^{name} cannot hold groups of experts to choose from"):
+        check_model(export_format(name), config)
+
+
 @each_fixed
 def test_layers_that_differ_are_refused(name):
     model = fitting(name)

@@ -11,7 +11,7 @@ from torch import Tensor
 from moesaic._config import build_config
 from moesaic.nn.layer import LayerConfig, MoELayer
 from moesaic.nn.losses._table import LOSSES
-from moesaic.nn.routers._base import Router
+from moesaic.nn.routers._base import Router, RouterState
 from moesaic.nn.routers._table import ROUTERS
 from moesaic.nn.routing import Routing
 
@@ -28,6 +28,8 @@ def router_options(name: str, num_experts: int, **options: Any) -> dict[str, Any
         options["options"] = router_options(inner, num_experts, **options.get("options", {}))
     if "initial" in fields:
         options.setdefault("initial", min(fields["initial"].default, num_experts))
+    if "capacity" in fields:
+        options.setdefault("capacity", min(fields["capacity"].default, num_experts))
     if "probability" in fields:
         # Else hardly any test would see what is done now and then.
         options.setdefault("probability", 1.0)
@@ -94,6 +96,18 @@ def tokens(num_tokens: int, dim: int = 17, *, seed: int = 1, dtype=torch.float32
     """Draw inputs."""
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(num_tokens, dim, generator=draw, dtype=torch.float64).to(dtype)
+
+
+def route(router: Router, h_TD: Tensor, **state: Any) -> Routing:
+    """Route as a model does, with ids that follow from the tokens for a router that reads them."""
+    return router(h_TD, RouterState(**state, **token_ids(router, h_TD)))
+
+
+def token_ids(router: Router, h: Tensor) -> dict[str, Tensor]:
+    """What a model adds to the state of a router that reads ids of tokens, [..., D] to [T]."""
+    if not router.needs_tokens:
+        return {}
+    return {"tokens_T": (1000 * h[..., 0].flatten().double()).long() % router.config.vocab_size}
 
 
 def set_scores(router: Router, scores_TE: Tensor) -> Tensor:

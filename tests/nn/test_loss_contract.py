@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from nn_cases import hand_routing, make_loss, make_router, tokens
+from nn_cases import hand_routing, make_loss, make_router, route, tokens
 
 from moesaic._errors import InputError
 from moesaic.nn.losses._table import LOSSES
@@ -37,7 +37,7 @@ MASK_BS = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 0, 1, 1]], dtyp
 def routed(router: str, *, seed: int = 1, num_tokens: int = B * S):
     """A routing whose scores and weights are leaves."""
     torch.manual_seed(seed)
-    return cut_off(make_router(router, E).train()(tokens(num_tokens, seed=seed)))
+    return cut_off(route(make_router(router, E).train(), tokens(num_tokens, seed=seed)))
 
 
 def cut_off(routing):
@@ -124,7 +124,7 @@ def test_order_of_tokens_in_a_sequence_does_not_matter(loss, options, router):
 
 @each_pair
 def test_saturated_scores_stay_finite(loss, options, router):
-    routing = cut_off(make_router(router, E, spread_out=1e4).train()(tokens(B * S)))
+    routing = cut_off(route(make_router(router, E, spread_out=1e4).train(), tokens(B * S)))
     value = make_loss(loss, **options)(routing, MASK_BS)
     value.backward()
     assert value.isfinite()

@@ -9,11 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nn_cases import dense_weights, end_schedules, make_router, router_options, tokens
+from nn_cases import dense_weights, end_schedules, make_router, route, router_options, tokens
 
 from moesaic._errors import InputError
 from moesaic.nn.layer import LayerConfig, MoELayer
-from moesaic.nn.routers._base import RouterState
 from moesaic.nn.routers._table import ROUTERS
 
 each_router = pytest.mark.parametrize("name", ROUTERS)
@@ -48,7 +47,7 @@ def check_values(routing, num_tokens, num_experts):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_values(name, dtype, num_tokens, num_experts, training):
     router = make_router(name, num_experts).to(dtype).train(training)
-    routing = router(tokens(num_tokens, dtype=dtype))
+    routing = route(router, tokens(num_tokens, dtype=dtype))
     check_values(routing, num_tokens, num_experts)
     better = torch.promote_types(dtype, torch.float32)
     assert routing.scores_TE.dtype == routing.weights_TK.dtype == better
@@ -67,7 +66,7 @@ def test_half_precision_decides_as_float32_does(name):
 def seeded(router, h_TD):
     """Route from one state of the global generator, which noise may be drawn from."""
     torch.manual_seed(0)
-    return router(h_TD)
+    return route(router, h_TD)
 
 
 def autocast(router, h_TD):
@@ -78,10 +77,10 @@ def autocast(router, h_TD):
 @each_router
 def test_training_and_evaluation_weigh_alike(name):
     router, h_TD = make_router(name, E), tokens(63)
-    train, evaluate = router.train()(h_TD), router.eval()(h_TD)
+    train, evaluate = route(router.train(), h_TD), route(router.eval(), h_TD)
     if "noise-in-training" in ROUTERS[name].abilities:
         assert not torch.equal(train.scores_TE[:, :E], evaluate.scores_TE)
-        assert torch.equal(router(h_TD).scores_TE, evaluate.scores_TE)
+        assert torch.equal(route(router, h_TD).scores_TE, evaluate.scores_TE)
     elif ROUTERS[name].abilities & {"batch-in-training", "random"}:
         # It then decides by other tokens too, or draws, but scores alike.
         assert torch.equal(train.scores_TE, evaluate.scores_TE)
@@ -102,9 +101,9 @@ def test_training_and_evaluation_weigh_alike(name):
 def test_estimators_change_no_value(estimator):
     h_TD = tokens(63)
     router = make_router("sigmoid-threshold", E, estimator=estimator)
-    expected = make_router("sigmoid-threshold", E)(h_TD)
+    expected = route(make_router("sigmoid-threshold", E), h_TD)
     for training in (True, False):
-        routing = router.train(training)(h_TD)
+        routing = route(router.train(training), h_TD)
         check_values(routing, 63, E)
         assert torch.equal(routing.weights_TE(), expected.weights_TE())
         held_TK = routing.ids_TK < E
@@ -119,7 +118,7 @@ def test_permuting_tokens_permutes_the_routing(name):
     router, h_TD = make_router(name, E), tokens(63)
     order_T = torch.randperm(63, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        router(h_TD[order_T]).weights_TE(), router(h_TD).weights_TE()[order_T]
+        route(router, h_TD[order_T]).weights_TE(), route(router, h_TD).weights_TE()[order_T]
     )
 
 
@@ -142,7 +141,7 @@ def exchange_siblings(router):
 @each_hearing_router
 def test_renumbering_experts_renumbers_the_routing(name):
     router, h_TD = make_router(name, E), tokens(63)
-    before = router(h_TD)
+    before = route(router, h_TD)
     order_E = torch.randperm(E, generator=torch.Generator().manual_seed(1))
     if "groups" in ROUTERS[name].abilities:
         # Neighbours stay together, whichever their number.
@@ -150,6 +149,8 @@ def test_renumbering_experts_renumbers_the_routing(name):
     if "trees" in ROUTERS[name].abilities:
         # A tree stays itself where two leaves of one split, and its sides, change places.
         order_E = exchange_siblings(router)
+    if "fixed" in ROUTERS[name].abilities:
+        router.table_VK.copy_(order_E.argsort()[router.table_VK])
     with torch.no_grad():
         for parameter_name, parameter in router.named_parameters():
             if "trees" in ROUTERS[name].abilities or parameter_name.startswith(OF_NO_EXPERT):
@@ -159,7 +160,7 @@ def test_renumbering_experts_renumbers_the_routing(name):
             if parameter.shape[1:] == (E,):
                 # Columns of hidden units that are numbered as the experts are.
                 parameter.copy_(parameter[:, order_E])
-    after = router(h_TD)
+    after = route(router, h_TD)
     torch.testing.assert_close(after.weights_TE(), before.weights_TE()[:, order_E])
     torch.testing.assert_close(after.scores_TE[:, :E], before.scores_TE[:, :E][:, order_E])
 
@@ -167,13 +168,14 @@ def test_renumbering_experts_renumbers_the_routing(name):
 @each_hearing_router
 def test_sequences_do_not_see_each_other(name):
     router, h_TD = make_router(name, E), tokens(63)
-    together = router(h_TD, RouterState(num_sequences=7)).weights_TE()
-    one = RouterState(num_sequences=1)
-    alone = [router(part_TD, one).weights_TE() for part_TD in h_TD.split(9)]
+    if "sees-batch" in ROUTERS[name].abilities:
+        return
+    together = route(router, h_TD, num_sequences=7).weights_TE()
+    alone = [route(router, part_TD, num_sequences=1).weights_TE() for part_TD in h_TD.split(9)]
     torch.testing.assert_close(torch.cat(alone), together)
     reads = "sequences" in ROUTERS[name].abilities
     assert reads == router.reads_sequences
-    assert reads != torch.equal(together, router(h_TD).weights_TE())
+    assert reads != torch.equal(together, route(router, h_TD).weights_TE())
 
 
 @each_hearing_router
@@ -181,10 +183,13 @@ def test_tokens_do_not_see_each_other(name):
     if "sequences" in ROUTERS[name].abilities:
         return
     router, h_TD = make_router(name, E), tokens(63)
-    together = router(h_TD).weights_TE()
-    torch.testing.assert_close(router(h_TD[:5]).weights_TE(), together[:5])
+    together = route(router, h_TD).weights_TE()
+    if "sees-batch" in ROUTERS[name].abilities:
+        assert not torch.equal(route(router, h_TD[:5]).active_TE(), together[:5] != 0)
+        return
+    torch.testing.assert_close(route(router, h_TD[:5]).weights_TE(), together[:5])
     torch.testing.assert_close(
-        torch.cat([router(h_D[None]).weights_TE() for h_D in h_TD]), together
+        torch.cat([route(router, h_D[None]).weights_TE() for h_D in h_TD]), together
     )
 
 
@@ -192,8 +197,11 @@ def test_tokens_do_not_see_each_other(name):
 @pytest.mark.parametrize("scale", [1.0, 1e4], ids=["ordinary", "saturated"])
 def test_gradients_are_finite(name, scale):
     router, h_TD = make_router(name, E, spread_out=scale).train(), tokens(63).requires_grad_()
-    routing = router(h_TD)
+    routing = route(router, h_TD)
     check_values(routing, 63, E)
+    if "fixed" in ROUTERS[name].abilities:
+        assert not routing.weights_TK.requires_grad
+        return
     probe_TE = tokens(63, E, seed=3)
     (routing.weights_TE() * probe_TE).sum().backward()
     for parameter in (h_TD, *router.parameters()):
@@ -209,9 +217,9 @@ def test_plain_routers_ignore_the_state(name):
         return
     router, h_TD = make_router(name, E), tokens(63)
     alone = seeded(router, h_TD)
-    state = RouterState(previous=alone, num_sequences=3)
     torch.manual_seed(0)
-    assert torch.equal(router(h_TD, state).weights_TE(), alone.weights_TE())
+    beside = route(router, h_TD, previous=alone, num_sequences=3)
+    assert torch.equal(beside.weights_TE(), alone.weights_TE())
 
 
 @each_router
@@ -270,7 +278,7 @@ def test_schedules_follow_the_steps_and_are_saved(name):
 )
 def test_abilities_tell_the_truth(name, num_experts, num_tokens, seed, spread_out):
     router = make_router(name, num_experts, seed=seed, spread_out=spread_out)
-    routing = router(tokens(num_tokens, seed=seed))
+    routing = route(router, tokens(num_tokens, seed=seed))
     check_values(routing, num_tokens, num_experts)
     abilities = ROUTERS[name].abilities
     torch.testing.assert_close(
@@ -301,13 +309,16 @@ def test_fresh_weights_are_small_and_differ(name):
         num_experts=E, width=5, router=name, router_options=router_options(name, E)
     )
     router = MoELayer(256, config).router
+    assert f"experts={E}" in router.extra_repr()
+    if "fixed" in ROUTERS[name].abilities:
+        assert not list(router.parameters())
+        return
     before = router.weight.detach().clone()
     router.reset_parameters()
     assert not torch.equal(router.weight, before)
     # Leaves of trees are uniform within 0.05.
     std = 0.05 / 3**0.5 if "trees" in ROUTERS[name].abilities else 0.02
     assert router.weight.std().item() == pytest.approx(std, rel=0.1)
-    assert f"experts={E}" in router.extra_repr()
 
 
 @pytest.mark.parametrize(
@@ -337,6 +348,12 @@ def test_fresh_weights_are_small_and_differ(name):
             r"temperature must start and end above 0, got 1.0 and 0.0; 2 and 0.3 are usual",
         ),
         ("dense-to-sparse", {"temperature": {"start": 1.0}}, r"temperature lacks the option 'end'"),
+        ("expert-choice", {"capacity": 0.0}, r"capacity must be above 0, got 0.0; 2 gives a token"),
+        (
+            "expert-choice",
+            {"capacity": 7.0},
+            r"capacity must be in \(0, num_experts=6\], got 7; low",
+        ),
         ("grouped-top-k", {"num_groups": 0}, r"num_groups must be at least 1, got 0"),
         ("grouped-top-k", {"num_groups": 4}, r"num_groups must divide num_experts=6, got 4"),
         ("grouped-top-k", {"per_group": 0}, r"per_group must be at least 1, got 0"),
@@ -354,6 +371,14 @@ def test_fresh_weights_are_small_and_differ(name):
             r"start_step must be in \[0, end_step=8\], got 9; a fifth",
         ),
         ("growing-top-k", {"seed": -1}, r"seed must be at least 0, got -1; each gives other"),
+        (
+            "hash",
+            {"vocab_size": 0},
+            r"vocab_size must be at least 1, got 0; give that of the model",
+        ),
+        ("hash", {"top_k": 0}, r"top_k must be at least 1, got 0"),
+        ("hash", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
+        ("hash", {"seed": -1}, r"seed must be at least 0, got -1"),
         ("linear-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("linear-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("mlp-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
@@ -418,6 +443,21 @@ def test_fresh_weights_are_small_and_differ(name):
         ),
         ("sigmoid-top-k", {"bias_step": -1.0}, r"bias_step must be at least 0, got -1.0; 0.001 is"),
         ("sigmoid-top-k", {"bias_rule": "sing"}, r"'sing' is unknown; did you mean sign"),
+        (
+            "sigmoid-top-k",
+            {"num_groups": 4},
+            r"num_groups must divide num_experts=6, got 4; choose",
+        ),
+        (
+            "sigmoid-top-k",
+            {"num_groups": 2, "top_groups": 3},
+            r"top_groups must be in \[1, num_groups=2\], got 3; 1 and 1 are no groups",
+        ),
+        (
+            "sigmoid-top-k",
+            {"num_groups": 3, "top_k": 3},
+            r"top_k must be at most the 2 experts of top_groups=1, got 3; raise top_groups",
+        ),
         ("zero-computation", {"top_k": 0}, r"top_k must be at least 1, got 0; 2 is usual"),
         ("zero-computation", {"top_k": 11}, r"top_k must be in \[1, num_experts=10\], got 11"),
         ("zero-computation", {"num_copy": -1}, r"must be at least 0, got 1, -1, 2; 1, 1 and 2"),

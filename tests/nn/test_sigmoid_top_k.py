@@ -182,3 +182,57 @@ def test_who_never_ends_a_step_hears_of_it(caplog):
         "the loads of 1000 passes wait to move a router's bias; call "
         "moesaic.nn.layer.end_step(model) after optimizer.step()"
     ]
+
+
+def test_groups_are_chosen_by_their_best_two():
+    # Gates of 1/2 are the score zero; groups are (0, 1, 2), (3, 4, 5).
+    router = make_router("sigmoid-top-k", 6, num_groups=2, top_groups=1)
+    # 3/4 + 1/4 = 1 against 1/2 + 1/2 + a bit: the second group, though the best expert is outside.
+    scores = torch.tensor([[LOG3, -LOG3, -LOG3, 0.1, 0.0, -LOG3]])
+    routing = router(set_scores(router, scores))
+    assert routing.ids_TK.tolist() == [[3, 4]]
+    torch.testing.assert_close(routing.weights_TK, scores[:, 3:5].sigmoid())
+    # A bias takes part in the choice of the group.
+    router.choice_bias[1] = 0.3
+    assert router(set_scores(router, scores)).ids_TK.tolist() == [[0, 1]]
+    # Both groups are no bar, and neither is one.
+    for options in ({"num_groups": 2, "top_groups": 2}, {}):
+        plain = make_router("sigmoid-top-k", 6, **options)
+        assert plain(set_scores(plain, scores)).ids_TK.tolist() == [[0, 3]]
+
+
+def test_nothing_outside_of_the_groups_is_chosen_whatever_the_bias():
+    router = make_router("sigmoid-top-k", 6, top_k=3, num_groups=2, top_groups=1)
+    # Every choice in the best group is below zero.
+    router.choice_bias.copy_(torch.tensor([-2.0, -2.0, -2.0, -3.0, -3.0, -3.0]))
+    assert sorted(router(tokens(1)).ids_TK[0].tolist()) == [0, 1, 2]
+
+
+def test_groups_are_those_of_deepseek_v3():
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    config = DeepseekV3Config(
+        hidden_size=17,
+        intermediate_size=8,
+        moe_intermediate_size=8,
+        n_routed_experts=12,
+        n_shared_experts=1,
+        num_experts_per_tok=4,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+    )
+    options = {"num_groups": 4, "top_groups": 2, "normalize": True, "scale": 2.5, "top_k": 4}
+    router = make_router("sigmoid-top-k", 12, **options)
+    router.choice_bias.copy_(torch.linspace(-0.1, 0.1, 12))
+    theirs = DeepseekV3TopkRouter(config)
+    h_TD = tokens(63)
+    with torch.no_grad():
+        theirs.weight.copy_(router.weight)
+        theirs.e_score_correction_bias.copy_(router.choice_bias)
+        _, weights_TK, ids_TK = theirs(h_TD)
+        ours = router(h_TD)
+    expected_TE = torch.zeros(63, 12).scatter(1, ids_TK, weights_TK.float())
+    torch.testing.assert_close(ours.weights_TE(), expected_TE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 NOT_MEASURED = "-"
 _SUFFIXES = ("", "k", "M", "G", "T", "P", "E")
@@ -82,3 +83,9 @@ def tick_percent(fraction: float) -> str:
 def integer(value: float) -> str:
     """Write a count in full with thousands separated: 33,792."""
     return f"{value:,.0f}" if math.isfinite(value) else str(value)
+
+
+def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table for a Markdown document."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

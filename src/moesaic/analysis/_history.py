@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -123,3 +123,18 @@ def _source(source: Any) -> str:
     if not isinstance(source, Mapping):
         return _scalar(source)
     return "; ".join(f"{key}: {value}" for key, value in flatten(source))
+
+
+def machines(lines: Sequence[Mapping[str, Any]]) -> list[list[tuple[str, str]]]:
+    """Every machine that lines are from, once."""
+    found = [flatten(_record.section(line, "machine")) for line in lines]
+    return [facts for i, facts in enumerate(found) if facts and facts not in found[:i]]
+
+
+def versions(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The versions and commits that lines are from; several if they differ."""
+    values: dict[str, dict[str, None]] = {}
+    for line in lines:
+        for name, value in _record.section(line, "versions").items():
+            values.setdefault(str(name), {})[str(value)] = None
+    return [(name, ", ".join(found)) for name, found in values.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moesaic.analysis._format import markdown_table
 from moesaic.analysis.comparison import (
     BOUND,
     Accuracy,
@@ -78,7 +79,7 @@ def _table(
             for entry in map(own.get, budgets)
         ]
         rows.append([label, *texts])
-    return _lines([title, *(f"{budget:g} active" for budget in budgets)], rows)
+    return markdown_table([title, *(f"{budget:g} active" for budget in budgets)], rows)
 
 
 def _accuracy_table(comparison: Comparison, found: Sequence[Entry], names: Sequence[str]) -> str:
@@ -94,7 +95,7 @@ def _accuracy_table(comparison: Comparison, found: Sequence[Entry], names: Seque
             rows.append(
                 [_label(entry), f"{entry.budget:g}", trained, cell_text(entry), *scores],
             )
-    return _lines(["method", "active", "", "perplexity ratio", *names], rows)
+    return markdown_table(["method", "active", "", "perplexity ratio", *names], rows)
 
 
 def _score(scores: Mapping[str, Accuracy], name: str) -> str:
@@ -104,8 +105,3 @@ def _score(scores: Mapping[str, Accuracy], name: str) -> str:
 def _label(entry: Entry) -> str:
     marks = {"static": entry.static, BOUND: entry.kind == BOUND}
     return " ".join([entry.method, *(f"({mark})" for mark, holds in marks.items() if holds)])
-
-
-def _lines(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

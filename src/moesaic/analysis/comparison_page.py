@@ -49,27 +49,12 @@ def render_comparison(comparison: Comparison) -> str:
             dense=_dense(comparison.dense),
             tasks=questions(found),
             protocol=_history.raw_json(protocol),
-            machines=_machines(comparison),
-            versions=_versions(comparison),
+            machines=_history.machines(comparison.lines),
+            versions=_history.versions(comparison.lines),
             levels=[],
         )
     )
     return clean(page)
-
-
-def _machines(comparison: Comparison) -> list[list[tuple[str, str]]]:
-    """Every machine that lines are from, once."""
-    found = [_history.flatten(_record.section(line, "machine")) for line in comparison.lines]
-    return [facts for i, facts in enumerate(found) if facts and facts not in found[:i]]
-
-
-def _versions(comparison: Comparison) -> list[tuple[str, str]]:
-    """The versions and commits that lines are from; several if they differ."""
-    values: dict[str, dict[str, None]] = {}
-    for line in comparison.lines:
-        for name, value in _record.section(line, "versions").items():
-            values.setdefault(str(name), {})[str(value)] = None
-    return [(name, ", ".join(found)) for name, found in values.items()]
 
 
 def _state(found: Sequence[Entry], trained: bool, protocol: Mapping[str, Any]) -> dict[str, Any]:

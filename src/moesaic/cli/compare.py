@@ -1,9 +1,9 @@
-"""Compare methods under one protocol; the same command goes on."""
+"""Compare methods or architectures under one protocol; the same command goes on."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,31 @@ from rich.console import Console
 from rich.table import Table
 
 from moesaic._config import to_plain
-from moesaic.analysis import Comparison, check_sentence, checks, verdicts
+from moesaic._errors import InputError, UnknownNameError
+from moesaic._registry import unknown_name
+from moesaic.analysis import board_verdicts, check_sentence, checks, verdicts
 from moesaic.cli._common import Overrides, parse, quiet_libraries, show
 from moesaic.cli._progress import TerminalProgress
+from moesaic.recipes.architectures import (
+    ArchitectureCell,
+    architecture_cells,
+    build_architectures,
+    compare_architectures,
+    estimate_architectures,
+    write_leaderboard,
+)
 from moesaic.recipes.comparison import (
+    Cell,
     Selection,
     all_cells,
+    build_protocol,
     cell_of,
     compare,
     estimate,
-    read_protocol,
     select,
     write_comparison,
 )
+from moesaic.recipes.recipe import read_values
 from moesaic.recipes.suggestion import suggest_cells
 
 
@@ -33,17 +45,19 @@ from moesaic.recipes.suggestion import suggest_cells
 class Options:
     """Compare methods at the same measured active fraction; run it again to go on.
 
+    A protocol of the kind `architectures` compares layers trained from scratch at equal FLOPs.
+
     Attributes:
-        protocol: The YAML file, such as `bench/quality.yaml`.
+        protocol: The YAML file, such as `bench/quality.yaml` or `bench/architectures.yaml`.
         out: Directory of the results and the report.
-        only: Cells such as `method=flap active=0.5 seed=0 trained=false`; values of one field add
-            up, different fields narrow down.
+        only: Cells such as `method=flap active=0.5 seed=0 trained=false`, or `architecture=top-p
+            seed=0`; values of one field add up, different fields narrow down.
         shard: `i/n`, to do the i-th of n parts; each part has a directory of its own.
         also: Directories of other parts, whose results the report takes in.
         redo: Measure cells that are done once more.
         report: Write the report of what is there and measure nothing.
-        suggest: Predict the cells without training from short trials and measure nothing; the
-            report then says how far predictions are off what was measured.
+        suggest: Predict the cells of methods without training from short trials and measure
+            nothing; the report then says how far predictions are off what was measured.
         set: Overrides such as `train.tokens=2000`.
         dry_run: List the cells and how long they take; do nothing.
         json: Print one JSON document.
@@ -62,32 +76,93 @@ class Options:
     json: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """What is done with a kind of protocol.
+
+    Attributes:
+        build: Plain data to a protocol.
+        cells: All its cells.
+        cell_class: What they are.
+        estimate: Lists cells and how long they take.
+        compare: Does cells.
+        write: Writes the report.
+        sentences: What it says, and what else is printed as JSON.
+    """
+
+    build: Callable[[dict[str, Any]], Any]
+    cells: Callable[[Any], list[Any]]
+    cell_class: type
+    estimate: Callable[..., list[dict[str, Any]]]
+    compare: Callable[..., list[dict[str, Any]]]
+    write: Callable[..., tuple[Any, dict[str, str]]]
+    sentences: Callable[[Any], tuple[list[str], dict[str, Any]]]
+
+
+def _comparison_sentences(comparison: Any) -> tuple[list[str], dict[str, Any]]:
+    sentences = verdicts(comparison)
+    compared = checks(comparison)
+    if not compared:
+        return sentences, {}
+    return [*sentences, check_sentence(compared)], {
+        "predictions": [to_plain(check) for check in compared]
+    }
+
+
+_KINDS = {
+    "methods": _Kind(
+        build=build_protocol,
+        cells=all_cells,
+        cell_class=Cell,
+        estimate=estimate,
+        compare=compare,
+        write=write_comparison,
+        sentences=_comparison_sentences,
+    ),
+    "architectures": _Kind(
+        build=build_architectures,
+        cells=architecture_cells,
+        cell_class=ArchitectureCell,
+        estimate=estimate_architectures,
+        compare=compare_architectures,
+        write=write_leaderboard,
+        sentences=lambda board: (board_verdicts(board), {}),
+    ),
+}
+
+
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parse(Options, argv, "compare")
     quiet_libraries()
     overrides = tuple(itertools.chain.from_iterable(options.set))
-    protocol = read_protocol(options.protocol, overrides)
+    values = read_values(options.protocol, "protocol", "model and methods", overrides)
+    name = str(values.get("kind", "methods"))
+    if name not in _KINDS:
+        raise UnknownNameError(unknown_name("protocol.kind", name, _KINDS))
+    kind, protocol = _KINDS[name], _KINDS[name].build(values)
     selection = Selection(only=options.only, shard=options.shard)
-    cells = select(all_cells(protocol), selection)
+    cells = select(kind.cells(protocol), selection)
     if options.dry_run:
-        listed = estimate(protocol, options.out, cells)
-        _list(listed, as_json=options.json)
+        _list(kind.estimate(protocol, options.out, cells), as_json=options.json)
         return 0
     failed: list[str] = []
     if options.suggest:
+        if name != "methods":
+            raise InputError(f"suggest must be off for protocol.kind {name!r}; leave it out")
         with TerminalProgress() as progress:
             suggest_cells(protocol, options.out, cells, progress=progress)
     elif not options.report:
         with TerminalProgress() as progress:
-            lines = compare(protocol, options.out, selection, progress, redo=options.redo)
+            lines = kind.compare(protocol, options.out, selection, progress, redo=options.redo)
         failed = [
             cell.key
             for line in lines
-            if line["status"] == "error" and (cell := cell_of(line)) in cells
+            if line["status"] == "error" and (cell := cell_of(line, kind.cell_class)) in cells
         ]
-    comparison, files = write_comparison(protocol, options.out, options.also)
-    _show(comparison, {**files, "failed": failed}, as_json=options.json)
+    reported, files = kind.write(protocol, options.out, options.also)
+    sentences, more = kind.sentences(reported)
+    _show(sentences, {**files, "failed": failed}, more, as_json=options.json)
     return int(bool(failed))
 
 
@@ -97,31 +172,26 @@ def _list(listed: list[dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
         show({"cells": listed, "seconds": round(left, 1)}, as_json=True)
         return
-    table = Table("method", "active", "seed", "trained", "done", "seconds", box=None)
+    table = Table(*(listed[0] if listed else ()), box=None)
     for cell in listed:
-        table.add_row(
-            cell["method"],
-            f"{cell['active']:g}",
-            str(cell["seed"]),
-            "yes" if cell["trained"] else "no",
-            "yes" if cell["done"] else "no",
-            f"{cell['seconds']:,.0f}",
-        )
+        table.add_row(*(_written(value) for value in cell.values()))
     Console().print(table)
     show({"cells": len(listed), "seconds left": left}, as_json=False)
 
 
-def _show(comparison: Comparison, result: dict[str, Any], *, as_json: bool) -> None:
-    """Print the sentences of a comparison and where its report is."""
-    sentences = verdicts(comparison)
-    compared = checks(comparison)
-    if compared:
-        sentences.append(check_sentence(compared))
-        result = {**result, "predictions": [to_plain(check) for check in compared]}
+def _written(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else f"{value:,g}"
+
+
+def _show(
+    sentences: list[str], result: dict[str, Any], more: dict[str, Any], *, as_json: bool
+) -> None:
+    """Print the sentences of a report and where it is."""
     if as_json:
-        show({**result, "verdicts": sentences}, as_json=True)
+        show({**result, **more, "verdicts": sentences}, as_json=True)
         return
     for sentence in sentences:
         print(sentence)
-    hidden = ("predictions",)
-    show({n: value for n, value in result.items() if value and n not in hidden}, as_json=False)
+    show({name: value for name, value in result.items() if value}, as_json=False)

@@ -26,6 +26,7 @@ from moesaic.models.ffn import decoder_layers, read_ffn
 from moesaic.nn.bypass import Bypass
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.layer import MoELayer, all_experts_on, moe_layers
+from moesaic.nn.routers._table import ROUTERS
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 from moesaic.ops.cpu import library, structs
 from moesaic.ops.cpu.packed import (
@@ -341,7 +342,13 @@ def _check_layers(model: nn.Module) -> None:
                 "code; generate with transformers"
             )
         router = layer.router
-        if router is not None and (router.needs_previous or router.reads_sequences):
+        # The tokens of several sequences are one batch there, without their ids.
+        if router is not None and (
+            router.needs_previous
+            or router.needs_tokens
+            or router.reads_sequences
+            or "sees-batch" in ROUTERS[layer.config.router].abilities
+        ):
             raise InputError(
                 f"layer {i} has the router {layer.config.router!r}, which needs more than its "
                 "tokens and has no native code; generate with transformers"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moesaic.models.auto import register
+    from moesaic.models.byte_level import byte_tokenizer
     from moesaic.models.checkpoint import (
         add_step,
         load,
@@ -15,13 +16,18 @@ if TYPE_CHECKING:
         new_manifest,
         save,
     )
+    from moesaic.models.mixture import MixtureConfig, build_mixture, fresh_mixture
     from moesaic.models.modeling import adopt
 
 # Imported on first use: configs are registered while transformers is still being imported, and
 # must not pull in modelling files then.
 _HOMES = {
+    "MixtureConfig": "moesaic.models.mixture",
     "add_step": "moesaic.models.checkpoint",
     "adopt": "moesaic.models.modeling",
+    "build_mixture": "moesaic.models.mixture",
+    "byte_tokenizer": "moesaic.models.byte_level",
+    "fresh_mixture": "moesaic.models.mixture",
     "load": "moesaic.models.checkpoint",
     "load_dense": "moesaic.models.checkpoint",
     "load_tokenizer": "moesaic.models.checkpoint",
@@ -31,8 +37,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "MixtureConfig",
     "add_step",
     "adopt",
+    "build_mixture",
+    "byte_tokenizer",
+    "fresh_mixture",
     "load",
     "load_dense",
     "load_tokenizer",

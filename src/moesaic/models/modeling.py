@@ -203,11 +203,11 @@ def _make_forward(parent: type[PreTrainedModel]) -> Any:
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         if labels is None and not output_router_logits:
-            with pass_state(self):
+            with pass_state(self, bound.get("input_ids")):
                 return parent_forward(self, *args, return_dict=return_dict, **kwargs)
 
         def run() -> Any:
-            with pass_state(self):
+            with pass_state(self, bound.get("input_ids")):
                 return parent_forward(self, *args, return_dict=True, **kwargs)
 
         second: Any = None

@@ -348,26 +348,33 @@ def all_experts_on(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def pass_state(model: nn.Module) -> Iterator[None]:
-    """Give routers that need it the routing of the layer before, in the order the layers run.
+def pass_state(model: nn.Module, tokens: Tensor | None = None) -> Iterator[None]:
+    """Give routers that need it the token ids and the routing of the layer that ran before.
 
     It holds for one pass over the model, whose own `forward` does this. Without such routers
     nothing happens.
+
+    Args:
+        model: Whose layers run while it lasts.
+        tokens: Ids of the tokens of the pass, in any shape; none if they are not known.
     """
     layers = [layer for layer in moe_layers(model) if layer.router is not None]
     last: list[Routing] = []
+    tokens_T = None if tokens is None else tokens.flatten()
 
     def give(layer: MoELayer, args: Any, options: dict[str, Any]) -> Any:
         # What the caller gives beside it stays.
         given = [*args[1:], options.get("state"), RouterState()]
         state = next(state for state in given if state is not None)
-        return args[:1], {"state": replace(state, previous=last[0] if last else None)}
+        state = replace(state, previous=last[0] if last else None, tokens_T=tokens_T)
+        return args[:1], {"state": state}
 
     def keep(router: nn.Module, args: object, routing: Routing) -> None:
         last[:] = [routing]
 
     handles = []
-    if any(router.needs_previous for layer in layers for router in layer.routers()):
+    routers = [router for layer in layers for router in layer.routers()]
+    if any(router.needs_previous or router.needs_tokens for router in routers):
         for layer in layers:
             handles.append(layer.register_forward_pre_hook(give, with_kwargs=True))
             handles.extend(router.register_forward_hook(keep) for router in layer.routers())

@@ -39,8 +39,8 @@ from moesaic.evaluation.bench.cell import (
 from moesaic.evaluation.machine import peak_bytes
 from moesaic.models.architectures import ARCHITECTURES
 from moesaic.models.ffn import decoder_layers, fill_experts, read_ffn
-from moesaic.models.modeling import moesaic_classes
-from moesaic.nn.layer import MoELayer, moe_layers, record_routing
+from moesaic.models.mixture import fresh_mixture
+from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers, record_routing
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 
 DSMOE, HARD_SKIP = "dsmoe", "hard-skip-"
@@ -254,23 +254,19 @@ def _build(name: str, config: TrainBenchConfig) -> PreTrainedModel:
 
 def _cut(dense: PreTrainedModel, config: TrainBenchConfig, estimator: str) -> PreTrainedModel:
     """Make a mosaic of a dense model."""
-    layer = {
-        "num_experts": config.num_experts,
-        "width": config.width // config.num_experts,
-        "router": "sigmoid-threshold",
-        "router_options": {"estimator": estimator},
-    }
+    layer = LayerConfig(
+        num_experts=config.num_experts,
+        width=config.width // config.num_experts,
+        router="sigmoid-threshold",
+        router_options={"estimator": estimator},
+    )
     losses = {"sparsity": {"coef": 1e-3}}
-    values = {k: v for k, v in dense.config.to_dict().items() if k != "model_type"}
-    values["moesaic"] = {"layers": [layer] * config.num_layers, "losses": losses}
     row = ARCHITECTURES["llama"]
-    config_class, model_class = moesaic_classes(row)
-    model: Any = model_class(config_class(**values))
+    model = fresh_mixture(dense.config, [layer] * config.num_layers, losses)
     model.load_state_dict(dense.state_dict(), strict=False)
     for moe, parent in zip(moe_layers(model), decoder_layers(dense), strict=True):
         fill_experts(moe, read_ffn(parent, row, dense.config.hidden_act))
-    made: PreTrainedModel = model
-    return made
+    return model
 
 
 def _ids(config: TrainBenchConfig) -> Tensor:

@@ -10,6 +10,7 @@ never ties it), at least two routed blocks (the best two of a group are looked u
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -34,7 +35,11 @@ LAYOUT = Layout(router="sigmoid-top-k", min_shared=1)
 
 def obstacle(config: Any) -> str:
     """Say what of a model the architecture cannot hold; empty if nothing."""
-    return first_obstacle(config, LAYOUT, _attention_obstacle, lambda options: "")
+    return first_obstacle(config, LAYOUT, _attention_obstacle, _router_obstacle)
+
+
+def _router_obstacle(options: Mapping[str, Any]) -> str:
+    return "groups of experts to choose from" if options.get("num_groups", 1) > 1 else ""
 
 
 def _attention_obstacle(attention: Attention) -> str:

@@ -27,11 +27,13 @@ class RouterState:
 
     Attributes:
         previous: Routing of the layer before, or none in the first.
+        tokens_T: Ids of the tokens, [T] int64, or none where they are not known.
         sequences: The sequence behind each token, for experts that read one.
         num_sequences: B, which the tokens are equal parts of, in turn; none where nobody knows.
     """
 
     previous: Routing | None = None
+    tokens_T: Tensor | None = None
     sequences: Sequences | None = None
     num_sequences: int | None = None
 
@@ -45,6 +47,7 @@ class Router(nn.Module, ABC):
         needs_previous: Whether it needs the routing of the layer before, in its state.
         reads_sequences: Whether a token's experts depend on the sequence that it is of; its state
             says how many there are.
+        needs_tokens: Whether it needs the ids of the tokens, in its state.
         training_only: Names of parameters that take no part in evaluation.
         score_gate: What makes gates of its scores, where its weights may not tell.
     """
@@ -53,6 +56,7 @@ class Router(nn.Module, ABC):
     free_experts: tuple[FreeKind, ...] = ()
     needs_previous: bool = False
     reads_sequences: bool = False
+    needs_tokens: bool = False
     training_only: frozenset[str] = frozenset()
     score_gate: Literal["softmax", "sigmoid"] | None = None
 

@@ -32,6 +32,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"softmax", "noise-in-training", "scheduled"}),
         ),
         MethodInfo(
+            name="expert-choice",
+            target="moesaic.nn.routers.expert_choice:ExpertChoice",
+            config="moesaic.nn.routers.expert_choice:ExpertChoiceConfig",
+            summary="Every expert takes its tokens: even loads, but tokens see each other",
+            paper="Expert choice, arXiv 2202.09368",
+            abilities=frozenset({"softmax", "variable", "may-choose-none", "sees-batch"}),
+        ),
+        MethodInfo(
             name="grouped-top-k",
             target="moesaic.nn.routers.grouped_top_k:GroupedTopK",
             config="moesaic.nn.routers.grouped_top_k:GroupedTopKConfig",
@@ -46,6 +54,14 @@ ROUTERS = MethodTable(
             summary="Top-k of a random part of the experts that grows to all in training",
             paper="ReXMoE, arXiv 2510.17483",
             abilities=frozenset({"softmax", "top-k", "scheduled"}),
+        ),
+        MethodInfo(
+            name="hash",
+            target="moesaic.nn.routers.hash:Hash",
+            config="moesaic.nn.routers.hash:HashConfig",
+            summary="A fixed random table from token ids to experts, never learned",
+            paper="Hash layers, arXiv 2106.04426",
+            abilities=frozenset({"top-k", "reads-tokens", "fixed"}),
         ),
         MethodInfo(
             name="linear-top-k",

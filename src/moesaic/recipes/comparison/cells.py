@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -69,8 +69,11 @@ class Selection:
     shard: str = "1/1"
 
 
-def select(cells: Sequence[Cell], selection: Selection) -> list[Cell]:
-    """Choose cells.
+C = TypeVar("C")
+
+
+def select(cells: Sequence[C], selection: Selection) -> list[C]:
+    """Choose cells, of whatever kind.
 
     The parts of a shard are disjoint and are together all the cells; `only` narrows each of them.
 
@@ -89,18 +92,18 @@ def select(cells: Sequence[Cell], selection: Selection) -> list[Cell]:
     ]
 
 
-def _condition(condition: str, cells: Sequence[Cell]) -> tuple[str, Any]:
+def _condition(condition: str, cells: Sequence[Any]) -> tuple[str, Any]:
     """Read `field=value` and check that it names a cell."""
     name, equals, text = condition.partition("=")
-    names = [f.name for f in fields(Cell)]
+    names = [f.name for f in fields(cells[0])]
     if not equals:
-        raise InputError(f"only must be field=value, got {condition!r}; try method={condition}")
+        raise InputError(f"only must be field=value, got {condition!r}; try {names[0]}={condition}")
     if name not in names:
         raise UnknownNameError(unknown_name("field of a cell", name, names))
     known = sorted({getattr(cell, name) for cell in cells})
-    if name == "method":
+    if isinstance(known[0], str):
         if text not in known:
-            raise UnknownNameError(unknown_name("method of the protocol", text, known))
+            raise UnknownNameError(unknown_name(f"{name} of the protocol", text, known))
         return name, text
     try:
         value = load_yaml(text)

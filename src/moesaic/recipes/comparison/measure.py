@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +10,16 @@ from transformers import PreTrainedModel
 
 from moesaic._config import to_plain
 from moesaic._errors import CheckpointError, InputError
-from moesaic._files import read_json, write_json
 from moesaic._progress import Progress
 from moesaic.evaluation import evaluate_perplexity
-from moesaic.evaluation.machine import machine_info, peak_bytes, source_commit
 from moesaic.evaluation.record import quality_section
 from moesaic.nn.layer import moe_layers
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 from moesaic.recipes.comparison.cells import Cell
-from moesaic.recipes.comparison.protocol import KINDS, Protocol
+from moesaic.recipes.comparison.piece import RefusedError, circumstances, claim_cell, timed
+from moesaic.recipes.comparison.protocol import KINDS, Protocol, build_protocol
 from moesaic.recipes.comparison.shared import Shared
 from moesaic.training.run import clean, train
-
-
-class RefusedError(Exception):
-    """A method will not do what a cell asks; its message is the method's sentence."""
 
 
 def resolved(protocol: Protocol, cell: Cell) -> dict[str, Any]:
@@ -52,6 +42,26 @@ def resolved(protocol: Protocol, cell: Cell) -> dict[str, Any]:
     }
 
 
+def do_methods(piece: dict[str, Any], progress: Progress) -> dict[str, Any] | None:
+    """Do a piece of a comparison of methods.
+
+    Args:
+        piece: `directory` and `protocol`, with either `collectors`, to make what cells share, or
+            `cell`, to measure one.
+        progress: Told of every stage.
+
+    Returns:
+        The line of the cell; none where there is no cell.
+    """
+    directory = Path(piece["directory"])
+    shared = Shared(build_protocol(piece["protocol"]), directory, progress)
+    if "cell" not in piece:
+        shared.make(piece["collectors"])
+        return None
+    cell = Cell(**piece["cell"])
+    return measure(shared, cell, directory / "cells" / cell.key, progress)
+
+
 def measure(shared: Shared, cell: Cell, work: Path, progress: Progress) -> dict[str, Any]:
     """Do a cell from the dense parent on.
 
@@ -68,17 +78,17 @@ def measure(shared: Shared, cell: Cell, work: Path, progress: Progress) -> dict[
         RefusedError: If the method refuses the cell.
     """
     settings = resolved(shared.protocol, cell)
-    resumed = _claim(work, settings)
+    resumed = claim_cell(work, settings)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "conversion"):
+    with timed(seconds, "conversion"):
         model, results = _make(shared, cell, work, progress)
     trained = {"tokens": 0, "budget": 0.0}
     if cell.trained:
-        with _timed(seconds, "training"):
+        with timed(seconds, "training"):
             model, trained = _train(shared, model, cell, work / "training", progress)
     protocol, heldout = shared.protocol, shared.split.heldout
     method = protocol.methods[cell.method]
-    with _timed(seconds, "evaluation"):
+    with timed(seconds, "evaluation"):
         quality = evaluate_perplexity(
             model,
             heldout,
@@ -101,33 +111,7 @@ def measure(shared: Shared, cell: Cell, work: Path, progress: Progress) -> dict[
     }
     clean(work / "training")
     shutil.rmtree(work / "layers", ignore_errors=True)
-    return {
-        **line,
-        # An interrupted cell says what its last part took.
-        "resumed": resumed,
-        "seconds": seconds,
-        "peak_bytes": peak_bytes(),
-        "machine": machine_info(str(model.dtype).removeprefix("torch."), str(model.device)),
-        "versions": {"moesaic": version("moesaic"), "commit": source_commit()},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _claim(work: Path, settings: Mapping[str, Any]) -> bool:
-    """Make a directory that of a cell; what other settings left goes. Tells whether to go on."""
-    record = work / "cell.json"
-    if record.is_file() and read_json(record) == settings:
-        return True
-    shutil.rmtree(work, ignore_errors=True)
-    write_json(record, settings)
-    return False
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[name] = round(time.perf_counter() - start, 2)
+    return {**line, **circumstances(model, seconds, resumed=resumed)}
 
 
 def _make(

@@ -24,12 +24,15 @@ from typing import Any, Literal, TextIO
 
 from moesaic._errors import MoesaicError
 from moesaic._progress import Progress, Stage
-from moesaic.recipes.comparison.cells import Cell
-from moesaic.recipes.comparison.measure import RefusedError, measure
-from moesaic.recipes.comparison.protocol import build_protocol
-from moesaic.recipes.comparison.shared import Shared
+from moesaic._registry import load_object
+from moesaic.recipes.comparison.piece import RefusedError
 
 _LAST_LINES = 4000
+# What does the pieces of a kind of protocol; imported in the process that does them.
+_KINDS = {
+    "methods": "moesaic.recipes.comparison.measure:do_methods",
+    "architectures": "moesaic.recipes.architectures.measure:do_architectures",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,23 +125,17 @@ def do_piece(piece: dict[str, Any], progress: Progress) -> Outcome:
     """Do a piece of work in this process.
 
     Args:
-        piece: `directory` and `protocol`, with either `collectors`, to make what cells share, or
-            `cell`, to measure one.
+        piece: What the kind of its protocol asks for; see `_KINDS`.
         progress: Told of every stage.
     """
-    directory = Path(piece["directory"])
-    shared = Shared(build_protocol(piece["protocol"]), directory, progress)
+    do = load_object(_KINDS[piece["protocol"].get("kind", "methods")])
     try:
-        if "cell" not in piece:
-            shared.make(piece["collectors"])
-            return Outcome(status="done")
-        cell = Cell(**piece["cell"])
-        line = measure(shared, cell, directory / "cells" / cell.key, progress)
+        value = do(piece, progress)
     except RefusedError as error:
         return Outcome(status="refused", reason=str(error))
     except MoesaicError as error:
         return Outcome(status="error", reason=str(error))
-    return Outcome(status="done", value=line)
+    return Outcome(status="done", value=value)
 
 
 class _Messages:

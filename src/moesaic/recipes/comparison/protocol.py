@@ -29,7 +29,7 @@ from moesaic.training.config import TrainConfig
 # What a comparison shows: methods, and the bounds beside them, which are none.
 KINDS = {**METHODS, "bound": BOUNDS}
 # What a method may have of its own in training: how its routers follow, and memory.
-_OWN_TRAINING = ("accumulate", "budget_rate", "router_learning_rate")
+OWN_TRAINING = ("accumulate", "budget_rate", "router_learning_rate")
 # What the protocol decides.
 _NOT_OPTIONS = {"active": "budgets", "seed": "seeds"}
 # A name is also that of a directory.
@@ -63,6 +63,7 @@ class _Head:
 
     model: str
     methods: Any
+    kind: Literal["methods"] = "methods"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     data: DataConfig = field(default_factory=DataConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -249,14 +250,12 @@ def build_protocol(values: Mapping[str, Any]) -> Protocol:
     """Build a protocol from plain data; see `read_protocol`."""
     head = build_config(_Head, values, where="protocol")
     for name in head.plugins:
-        _import_plugin(name)
-    for name in ("budgets", "seeds", "trained"):
+        import_plugin(name)
+    for name in ("budgets", "trained"):
         if not getattr(head, name):
             raise InputError(f"protocol.{name} must have at least one value, got none; give one")
-    _check_distinct("protocol.seeds", head.seeds)
+    check_seeds(head.seeds)
     _check_cells("protocol", head.budgets, head.trained)
-    if min(head.seeds) < 0:
-        raise InputError(f"protocol.seeds must be at least 0, got {min(head.seeds)}")
     if not isinstance(head.methods, dict) or not head.methods:
         raise InputError(
             "protocol.methods must be a mapping of names to methods, such as "
@@ -299,12 +298,32 @@ def _check_cells(where: str, budgets: Sequence[float], trained: Sequence[bool]) 
             )
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse seeds that are none, twice there or negative."""
+    if not seeds:
+        raise InputError("protocol.seeds must have at least one value, got none; give one")
+    _check_distinct("protocol.seeds", seeds)
+    if min(seeds) < 0:
+        raise InputError(f"protocol.seeds must be at least 0, got {min(seeds)}")
+
+
+def check_name(where: str, name: str) -> None:
+    """Refuse a name that cannot be that of a directory."""
+    if not _NAME.fullmatch(name):
+        raise InputError(f"{where} must be of letters, digits, '.', '_' and '-'; rename it")
+
+
 def _check_distinct(where: str, given: Sequence[Any]) -> None:
     if len(set(given)) < len(given):
         raise InputError(f"{where} must be a list of distinct values, got {list(given)}")
 
 
-def _import_plugin(name: str) -> None:
+def import_plugin(name: str) -> None:
+    """Import a module that registers parts.
+
+    Raises:
+        InputError: If Python does not find it.
+    """
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -329,8 +348,7 @@ def _training(values: Any) -> TrainConfig:
 
 def _method(name: str, item: Any) -> Method:
     where = f"protocol.methods.{name}"
-    if not _NAME.fullmatch(name):
-        raise InputError(f"{where} must be of letters, digits, '.', '_' and '-'; rename it")
+    check_name(where, name)
     kinds = [kind for kind in KINDS if isinstance(item, dict) and kind in item]
     if len(kinds) != 1:
         raise InputError(
@@ -349,10 +367,10 @@ def _method(name: str, item: Any) -> Method:
         if option in head.options:
             raise InputError(f"{where}.options.{option} comes from {source}; leave it out")
     for option in head.train:
-        if option not in _OWN_TRAINING:
+        if option not in OWN_TRAINING:
             raise InputError(
                 f"{where}.train.{option} is the same for all methods; set it in protocol.train "
-                f"(a method's own are {', '.join(_OWN_TRAINING)})"
+                f"(a method's own are {', '.join(OWN_TRAINING)})"
             )
     _check_cells(where, head.budgets, head.trained)
     trained = head.trained

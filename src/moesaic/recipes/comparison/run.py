@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
-import logging
-import shutil
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from moesaic._config import to_plain
-from moesaic._errors import InputError, RunError
-from moesaic._files import atomic_write, read_json
+from moesaic._errors import InputError
+from moesaic._files import read_json, write_text
 from moesaic._progress import SILENT, Progress
 from moesaic.analysis import (
     Comparison,
@@ -25,18 +23,14 @@ from moesaic.analysis import (
 from moesaic.evaluation.machine import flops_per_s
 from moesaic.models.architectures import ARCHITECTURES
 from moesaic.models.checkpoint import check_weights, read_config
-from moesaic.recipes.claim import claim, held, holds_run
 from moesaic.recipes.comparison.cells import Cell, Selection, all_cells, select
-from moesaic.recipes.comparison.lines import add_line, cell_of, read_lines
+from moesaic.recipes.comparison.grid import Grid, Runner, fill, gather_lines, list_cells
 from moesaic.recipes.comparison.measure import resolved
 from moesaic.recipes.comparison.predictions import read_predictions
-from moesaic.recipes.comparison.process import Outcome, run_piece
+from moesaic.recipes.comparison.process import run_piece
 from moesaic.recipes.comparison.protocol import Protocol
 from moesaic.recipes.plan import check_model, check_positions, check_train, estimate_parameters
 
-logger = logging.getLogger(__name__)
-
-Runner = Callable[[dict[str, Any], Path, Progress], Outcome]
 # A network runs at about half the rate of one large product.
 _EFFICIENCY = 0.5
 # Forward and backward of the model, and a forward of its teacher, against one forward.
@@ -74,15 +68,7 @@ def compare(
     """
     cells = select(all_cells(protocol), selection or Selection())
     check(protocol)
-    with held(directory):
-        claim(directory, protocol.common(), "protocol")
-        results = results_by_cell(directory)
-        pending = [cell for cell in cells if redo or not is_done(protocol, results, cell)]
-        if redo:
-            for cell in pending:
-                shutil.rmtree(directory / "cells" / cell.key, ignore_errors=True)
-        _work(protocol, directory, pending, progress, run)
-        return read_lines(directory)
+    return fill(grid_of(protocol), directory, cells, progress, redo=redo, run=run)
 
 
 def check(protocol: Protocol) -> None:
@@ -112,19 +98,25 @@ def check(protocol: Protocol) -> None:
         )
 
 
-def results_by_cell(directory: Path) -> dict[Cell, dict[str, Any]]:
-    """The lines of a directory by what they are the results of."""
-    return {cell_of(line): line for line in read_lines(directory)}
+def grid_of(protocol: Protocol) -> Grid:
+    """The protocol as cells that can be done one by one."""
+    config = functools.cache(lambda: read_config(protocol.model))
 
+    def obstacle(cell: Cell) -> str:
+        try:
+            check_model(protocol.methods[cell.method].config(cell.active, cell.seed), config())
+        except InputError as error:
+            return str(error)
+        return ""
 
-def is_done(protocol: Protocol, results: Mapping[Cell, dict[str, Any]], cell: Cell) -> bool:
-    """Whether a cell has a result that is no error and that its present settings gave."""
-    line = results.get(cell)
-    return line is not None and line["status"] != "error" and _is_current(protocol, cell, line)
-
-
-def _is_current(protocol: Protocol, cell: Cell, line: Mapping[str, Any]) -> bool:
-    return _settings_of(line) == _settings(protocol, cell)
+    return Grid(
+        protocol=protocol,
+        cells=all_cells(protocol),
+        settings=partial(_settings, protocol),
+        obstacle=obstacle,
+        needs=lambda cells: {"collectors": collectors_for(protocol, cells)},
+        facts=lambda cell: {"static": protocol.methods[cell.method].static},
+    )
 
 
 def _settings(protocol: Protocol, cell: Cell) -> dict[str, Any]:
@@ -137,41 +129,6 @@ def _settings(protocol: Protocol, cell: Cell) -> dict[str, Any]:
         return {"kind": method.kind, "registered": method.method, "options": options}
 
 
-def _settings_of(line: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("kind", "registered", "options", "config", "train")
-    return {name: line[name] for name in names if name in line}
-
-
-def _work(
-    protocol: Protocol, directory: Path, cells: Sequence[Cell], progress: Progress, run: Runner
-) -> None:
-    """Do cells one by one; those whose settings cannot work first, since they take no time."""
-    runnable = []
-    config = read_config(protocol.model)
-    for cell in cells:
-        try:
-            check_model(protocol.methods[cell.method].config(cell.active, cell.seed), config)
-        except InputError as error:
-            _add(protocol, directory, cell, Outcome(status="refused", reason=str(error)))
-        else:
-            runnable.append(cell)
-    if not runnable:
-        return
-    piece = {"directory": str(directory), "protocol": protocol.plain()}
-    collectors = collectors_for(protocol, runnable)
-    log = directory / "logs" / "shared.log"
-    made = run({**piece, "collectors": collectors}, log, progress)
-    if made.status != "done":
-        raise RunError(f"what the cells share cannot be made: {made.reason}")
-    with progress.stage("cells", len(runnable), "cells") as stage:
-        for cell in runnable:
-            start = time.monotonic()
-            log = directory / "logs" / f"{cell.key}.log"
-            outcome = run({**piece, "cell": cell.plain()}, log, progress)
-            _add(protocol, directory, cell, outcome, time.monotonic() - start)
-            stage.advance()
-
-
 def collectors_for(protocol: Protocol, cells: Iterable[Cell]) -> list[str]:
     """Everything that must be measured on the dense parent for the cells that have settings."""
     needed: set[str] = set()
@@ -180,25 +137,6 @@ def collectors_for(protocol: Protocol, cells: Iterable[Cell]) -> list[str]:
             config = protocol.methods[cell.method].config(cell.active, cell.seed)
             needed.update(config.collectors())
     return sorted(needed)
-
-
-def _add(
-    protocol: Protocol, directory: Path, cell: Cell, outcome: Outcome, seconds: float = 0.0
-) -> None:
-    """Write the line of a cell."""
-    line = outcome.value
-    if line is None:
-        line = {
-            **cell.plain(),
-            "status": outcome.status,
-            "reason": outcome.reason,
-            **_settings(protocol, cell),
-            "static": protocol.methods[cell.method].static,
-            "seconds": {},
-        }
-        logger.warning("%s: %s, %s", cell.key, outcome.status, outcome.reason)
-    line["seconds"]["total"] = round(seconds, 2)
-    add_line(directory, line)
 
 
 def estimate(protocol: Protocol, directory: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -225,23 +163,16 @@ def estimate(protocol: Protocol, directory: Path, cells: Sequence[Cell]) -> list
     dtype = "float32" if protocol.dtype == "auto" else protocol.dtype
     token_s = 2 * parameters / (_EFFICIENCY * flops_per_s(dtype))
     heldout = protocol.data.block * protocol.heldout.blocks_per_domain * len(protocol.data.sources)
-    results = results_by_cell(directory)
-    listed = []
-    for cell in cells:
-        measured = [
-            line["seconds"]["total"]
-            for line in results.values()
-            if line["status"] == "done"
-            and not line["resumed"]
-            and (line["method"], line["trained"]) == (cell.method, cell.trained)
-        ]
+
+    def guess(cell: Cell) -> float:
         tokens = heldout + protocol.calibration.tokens
         if cell.trained:
             tokens += _TRAINING_PASSES * protocol.train.tokens
-        seconds = mean(measured) if measured else token_s * tokens
-        done = is_done(protocol, results, cell)
-        listed.append({**cell.plain(), "done": done, "seconds": round(seconds, 1)})
-    return listed
+        return token_s * tokens
+
+    return list_cells(
+        grid_of(protocol), directory, cells, guess, lambda cell: (cell.method, cell.trained)
+    )
 
 
 def gather(protocol: Protocol, directories: Sequence[Path]) -> Comparison:
@@ -250,18 +181,8 @@ def gather(protocol: Protocol, directories: Sequence[Path]) -> Comparison:
     Raises:
         InputError: If a directory holds the results of another protocol, or none.
     """
-    lines: dict[Cell, dict[str, Any]] = {}
-    wanted = all_cells(protocol)
-    for directory in directories:
-        if not holds_run(directory, protocol.common()):
-            raise InputError(
-                f"{directory} holds no results of this protocol; give a directory that it wrote"
-            )
-        for cell, line in results_by_cell(directory).items():
-            # Of two results of a cell the one that says something counts.
-            better = cell not in lines or lines[cell]["status"] != "done"
-            if cell in wanted and better and _is_current(protocol, cell, line):
-                lines[cell] = line
+    grid = grid_of(protocol)
+    lines = gather_lines(grid, directories)
     predictions = {
         (prediction.method, prediction.budget): prediction
         for directory in directories
@@ -271,11 +192,13 @@ def gather(protocol: Protocol, directories: Sequence[Path]) -> Comparison:
     return Comparison(
         protocol=protocol.plain(),
         dense=None if dense is None else read_json(dense),
-        lines=[lines[cell] for cell in wanted if cell in lines],
+        lines=lines,
         predictions=[
             prediction
             for prediction in predictions.values()
-            if any((c.method, c.active) == (prediction.method, prediction.budget) for c in wanted)
+            if any(
+                (c.method, c.active) == (prediction.method, prediction.budget) for c in grid.cells
+            )
         ],
     )
 
@@ -302,6 +225,5 @@ def write_comparison(
         ),
     }
     for path, text in files.values():
-        with atomic_write(path) as temporary:
-            temporary.write_text(text, "utf-8")
+        write_text(path, text)
     return comparison, {name: str(path) for name, (path, _) in files.items()}
