@@ -3,17 +3,21 @@
 import pytest
 import torch
 from model_cases import Case, decoder_layers, dense_model, layer_config, random_ids, read_all
-from vllm_cases import needs_vllm, run, written
 
 from moesaic._config import to_plain
+from moesaic._errors import RunError
 from moesaic.inference.batching import Batch, Job
 from moesaic.inference.plain_decoder import PlainDecoder
 from moesaic.models.checkpoint import new_manifest, save
 from moesaic.models.ffn import fill_experts, put_layer
 from moesaic.models.modeling import adopt
 from moesaic.nn.layer import MoELayer
+from moesaic.serving.vllm.process import VllmProcess, why_not
 
-pytestmark = [pytest.mark.slow, needs_vllm]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(why_not()), reason=f"vLLM is {why_not()}"),
+]
 
 # Heads that its attention has, and networks that its experts have without padding.
 SIZES = {"head_dim": 32, "intermediate_size": 128}
@@ -87,7 +91,8 @@ def test_tokens_are_the_same_and_as_likely(name, tmp_path):
     save(model, tmp_path / "mosaic", new_manifest("none", model))
     prompts = random_ids(6, 9).tolist()
     tokens, logprobs = ours(model, prompts)
-    found = written(tmp_path / "mosaic", prompts, NEW_TOKENS)
+    with VllmProcess(tmp_path / "mosaic", dtype="float32", length=64) as vllm:
+        found = vllm.write(prompts, NEW_TOKENS, logprobs=True)
     assert [text.tokens for text in found] == tokens
     got = torch.tensor([text.logprobs for text in found])
     torch.testing.assert_close(got, torch.tensor(logprobs), rtol=1e-4, atol=1e-4)
@@ -98,7 +103,6 @@ def test_a_model_that_does_not_fit_is_refused_with_the_reason(tmp_path):
     for layer in model.config.moesaic["layers"]:
         layer["experts"] = "thresholded-gated"
     model.config.save_pretrained(tmp_path)
-    script = "import sys; from vllm import LLM; LLM(sys.argv[1], skip_tokenizer_init=True)"
-    found = run(script, str(tmp_path))
-    assert found.returncode != 0
-    assert "cannot hold experts of the kind 'thresholded-gated' (layer 0)" in found.stderr
+    words = r"cannot hold experts of the kind 'thresholded-gated' \(layer 0\)"
+    with pytest.raises(RunError, match=words):
+        VllmProcess(tmp_path, dtype="float32", length=64)

@@ -66,6 +66,13 @@ _KINDS = {
         "train_bench_cost",
         "a training step, its time and memory: dense, DSMoE as published, and with skipping",
     ),
+    "runtimes": _Kind(
+        "runtimes.bench",
+        "RuntimesConfig",
+        "bench_runtimes",
+        "runtimes_cost",
+        "dense and DSMoE in transformers, moesaic, vLLM and llama.cpp: perplexity and speed",
+    ),
 }
 
 
@@ -153,7 +160,10 @@ def _print(result: dict[str, Any]) -> None:
         )
     console.print(line)
     for cell in result["cells"]:
-        console.print(_training_table(cell) if roof is None else _roof_table(cell))
+        if result["kind"] == "bench runtimes":
+            console.print(_runtimes_table(cell))
+        else:
+            console.print(_training_table(cell) if roof is None else _roof_table(cell))
 
 
 def _roof_table(cell: dict[str, Any]) -> Table:
@@ -203,6 +213,35 @@ def _training_table(cell: dict[str, Any]) -> Table:
         if "peak_bytes" in row:
             memory = [f"{row['peak_bytes'] / 1e6:.0f}", f"{row['memory_ratio']:.2f}"]
         table.add_row(*_times(row), f"{row['active']:.3g}", *memory)
+    return table
+
+
+def _runtimes_table(cell: dict[str, Any]) -> Table:
+    many = str(cell["requests"])
+    table = Table(
+        "runtime",
+        "model",
+        "perplexity",
+        "tokens as ours",
+        "tokens/s, 1 request",
+        f"{many} requests",
+        title=f"{cell['mosaic']} {cell['dtype']}",
+        box=None,
+        title_justify="left",
+    )
+    for row in cell["rows"]:
+        if "skipped" in row:
+            table.add_row(row["runtime"], row["model"], "-", row["skipped"])
+            continue
+        same, rates = row["same_as_ours"], row["tokens_per_s"]
+        table.add_row(
+            row["runtime"],
+            row["model"],
+            f"{row['perplexity']:.4g}",
+            "-" if same is None else f"{same['tokens']:.0%}",
+            f"{rates['1']['median']:.3g}",
+            f"{rates[many]['median']:.3g}",
+        )
     return table
 
 

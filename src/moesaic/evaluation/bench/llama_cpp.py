@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic._errors import RunError
 from moesaic.evaluation.bench.cell import DENSE
 from moesaic.models.export.gguf import add_decoder
+from moesaic.models.export.gguf_vocab import add_tokenizer
 
 Rows = list[dict[str, Any]]
 
@@ -154,19 +155,28 @@ def _matrices(model: nn.Module) -> Iterator[Tensor]:
     return (p for p in model.parameters() if p.dim() == 2)
 
 
-def write_gguf(model: PreTrainedModel, path: Path, weights: str) -> None:
-    """Write a dense Llama model with a vocabulary of size alone, enough for `llama-bench`.
+def write_gguf(
+    model: PreTrainedModel,
+    path: Path,
+    weights: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write a dense Llama model.
 
     Args:
         model: See `why_not` for what is supported.
         path: Of the file.
         weights: `F32`, `BF16` or `Q8_0` for the matrices; norms are F32.
+        tokenizer: Without one there is a vocabulary of size alone, enough for `llama-bench`.
     """
     import gguf
 
     config: Any = model.config
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("none")
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+    else:
+        add_tokenizer(writer, tokenizer, config.vocab_size)
     add_decoder(writer, config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     parameters = dict(model.named_parameters())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.nn.routers._base import Router
+from moesaic.nn.routing import Routing
 
 
 def slots_of(weights_TE: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
@@ -39,4 +40,5 @@ def num_slots(router: Router, dim: int) -> int:
     """Ask a router of width D for its number of slots, K: for one token, in evaluation mode."""
     weight = next(router.parameters())
     probe_TD = torch.zeros(1, dim, dtype=weight.dtype, device=weight.device)
-    return router(probe_TD).ids_TK.shape[1]
+    routing: Routing = router(probe_TD)
+    return routing.ids_TK.shape[1]
