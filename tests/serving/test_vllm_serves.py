@@ -102,7 +102,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_reason(tmp_path):
     model = mosaic("llama", GATES, GATES)
     for layer in model.config.moesaic["layers"]:
         layer["experts"] = "thresholded-gated"
-    model.config.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
     words = r"cannot hold experts of the kind 'thresholded-gated' \(layer 0\)"
     with pytest.raises(RunError, match=words):
         VllmProcess(tmp_path, dtype="float32", length=64)

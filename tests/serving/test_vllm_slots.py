@@ -35,15 +35,31 @@ def test_slots_are_distinct_and_keep_every_weight(tokens, experts, on, seed):
         assert torch.equal(back_TE, weights_TE)
 
 
-@pytest.mark.parametrize(
-    ("router", "options", "slots"),
-    [
-        ("sigmoid-threshold", {}, 6),
-        ("sigmoid-top-k", {"top_k": 3}, 3),
-        ("topk-softmax", {"top_k": 2}, 2),
-        ("null-experts", {"top_k": 4}, 4),
-    ],
-)
+ROUTERS = [
+    ("sigmoid-threshold", {}, 6),
+    ("sigmoid-top-k", {"top_k": 3}, 3),
+    ("topk-softmax", {"top_k": 2}, 2),
+    ("null-experts", {"top_k": 4}, 4),
+]
+
+
+@pytest.mark.parametrize(("router", "options", "slots"), ROUTERS)
 def test_a_router_says_how_many_slots_it_fills(router, options, slots):
     layer = LayerConfig(num_experts=6, width=4, router=router, router_options=options)
     assert num_slots(make_router(layer, 8), 8) == slots
+
+
+@pytest.mark.parametrize(("router", "options", "slots"), ROUTERS)
+def test_routing_compiles_as_one_graph(router, options, slots):
+    """As vLLM compiles a model, in whole."""
+    layer = LayerConfig(num_experts=6, width=4, router=router, router_options=options)
+    made = make_router(layer, 8)
+
+    def routed(h_TD):
+        return slots_of(made(h_TD).weights_TE().float(), slots)
+
+    torch.compiler.reset()
+    h_TD = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    want = routed(h_TD)
+    got = torch.compile(routed, backend="eager", fullgraph=True)(h_TD)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

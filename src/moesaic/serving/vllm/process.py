@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -133,7 +134,7 @@ class VllmProcess:
         self._process.wait()
         self._log.seek(0)
         lines = [line.strip() for line in self._log if line.strip()] or ["nothing"]
-        errors = [line for line in lines if "Error: " in line or "cannot hold" in line]
+        errors = [line for line in lines if re.search(r"error[:,] ", line, re.IGNORECASE)]
         return (errors or lines)[-1]
 
     def close(self) -> None:
