@@ -55,6 +55,11 @@ def test_agreement_counts_up_to_the_first_other_token():
     assert agreement(ours, ours) == {"prompts": 1.0, "tokens": 1.0}
     # 1 of 4 and all 4 of 4; that later tokens are the same again says nothing.
     assert agreement([[1, 9, 3, 4], [5, 6, 7, 8]], ours) == {"prompts": 0.5, "tokens": 0.625}
+    # From an end on, whatever was written is not compared.
+    assert agreement([[1, 2, 9, 9], [9, 9, 9, 9]], ours, ends={3, 5}) == {
+        "prompts": 1.0,
+        "tokens": 1.0,
+    }
     assert agreement(ours, None) is None
 
 

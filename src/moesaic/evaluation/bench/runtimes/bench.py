@@ -9,9 +9,10 @@ Shapes: N chunks, S tokens of a chunk.
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -166,7 +167,8 @@ def bench_runtimes(config: RuntimesConfig, progress: Progress | None = None) -> 
         _check_cuts(table, tokenizer, text)
         for form_name, why in missing.items():
             table.skipped |= {(runtime, form_name): why for runtime in RUNTIMES}
-        rows = _rows(table, config, chunks_NS, progress)
+        ends = set(tokenizer.all_special_ids)
+        rows = _rows(table, config, chunks_NS, ends, progress)
     cell = {"mosaic": config.mosaic, "dtype": config.dtype, "requests": config.requests}
     return document("runtimes", config, [{**cell, "rows": rows}], dtype=config.dtype)
 
@@ -227,7 +229,11 @@ def _check_cuts(table: _Table, tokenizer: PreTrainedTokenizerBase, text: str) ->
 
 
 def _rows(
-    table: _Table, config: RuntimesConfig, chunks_NS: Tensor, progress: Progress
+    table: _Table,
+    config: RuntimesConfig,
+    chunks_NS: Tensor,
+    ends: Collection[int],
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     with progress.stage("check", len(table.running), "runtimes") as stage:
         losses = {}
@@ -252,7 +258,7 @@ def _rows(
             "runtime": runtime,
             "model": form,
             "perplexity": math.exp(losses[runtime, form]),
-            "same_as_ours": agreement(texts[runtime, form], texts.get((OURS, form))),
+            "same_as_ours": agreement(texts[runtime, form], texts.get((OURS, form)), ends),
             "tokens_per_s": {
                 str(count): _rates(times[f"{runtime}|{form}|{count}"], count * config.tokens)
                 for count in counts
@@ -287,30 +293,41 @@ def check_losses(losses: Mapping[tuple[str, str], float], dtype: str) -> None:
             )
 
 
-def agreement(texts: list[list[int]], ours: list[list[int]] | None) -> dict[str, float] | None:
+def agreement(
+    texts: list[list[int]], ours: list[list[int]] | None, ends: Collection[int] = ()
+) -> dict[str, float] | None:
     """Compare greedy texts with those of our engine.
 
     Args:
         texts: Tokens after each prompt.
         ours: Those of our engine; none if it does not run.
+        ends: Tokens that would end a text: what ours wrote from one on is not compared, because
+            llama.cpp, told to go on, takes the next likely token instead.
 
     Returns:
         The share of the prompts with the same text, and of the tokens before the first other one.
     """
     if ours is None:
         return None
-    same = [_common(each, other) for each, other in zip(texts, ours, strict=True)]
-    whole = sum(count == len(each) for count, each in zip(same, ours, strict=True))
+    wanted = [_before(each, ends) for each in ours]
+    same = [_common(each, other) for each, other in zip(texts, wanted, strict=True)]
+    whole = sum(count == len(each) for count, each in zip(same, wanted, strict=True))
+    num_tokens = sum(len(each) for each in wanted)
     return {
-        "prompts": whole / len(ours),
-        "tokens": sum(same) / sum(len(each) for each in ours),
+        "prompts": whole / len(wanted),
+        "tokens": sum(same) / num_tokens if num_tokens else 1.0,
     }
+
+
+def _before(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """The tokens before the first that ends a text."""
+    return list(itertools.takewhile(lambda token: token not in ends, tokens))
 
 
 def _common(one: list[int], other: list[int]) -> int:
     """Length of the common beginning."""
-    pairs = zip(one, other, strict=True)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(one))
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _rates(timing: Timing, tokens: int) -> dict[str, float]:
