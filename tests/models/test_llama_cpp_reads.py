@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from export_cases import export_format, fitting, merging_tokenizer
+from export_cases import export_format, fitting, merging_tokenizer, softmax
 from llama_cpp_cases import needs, our_perplexity
 from model_cases import random_ids
 
@@ -33,6 +33,20 @@ def test_greedy_tokens_are_the_same(kind, tmp_path):
             for ids in random_ids(6, 12)
         )
     assert same == 6 if kind in ("F32", "BF16") else same >= 3
+
+
+@needs("llama-server")
+@pytest.mark.parametrize("tied", [False, True])
+def test_greedy_tokens_of_softmax_weights_are_the_same(tied, tmp_path):
+    pytest.importorskip("gguf")
+    model = softmax(vocab_size=260, tie_word_embeddings=tied, max_position_embeddings=256)
+    export_format("gguf", "F32").write(model, merging_tokenizer(), tmp_path, torch.float32)
+    file, log = tmp_path / "model-F32.gguf", tmp_path / "log"
+    # Its fast attention rounds to float16, and one of these tokens is nearly as likely as another.
+    exact = ("-fa", "off", "-ctk", "f32", "-ctv", "f32")
+    with server(file, log, "-c", "256", "-np", "1", "-t", "1", *exact) as address:
+        for ids in random_ids(6, 12):
+            assert continued(address, ids.tolist(), 8) == greedy(model, ids[None], 8)
 
 
 @needs("llama-perplexity")

@@ -81,6 +81,7 @@ def test_a_wrong_loss_has_no_speed():
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"requests": 1}, "requests must be at least 2, got 1"),
         ({"chunk_tokens": 513}, r"chunk_tokens must be in \[4, 512\], got 513"),
+        ({"prompt_tokens": 9, "chunk_tokens": 8}, "prompt_tokens must be at most chunk_tokens=8"),
         ({"seconds": 0.0}, "seconds above 0"),
     ],
 )
@@ -122,6 +123,12 @@ def check_rows(rows, runtimes, form):
         assert row["perplexity"] == pytest.approx(want, rel=1e-2)
         assert row["same_as_ours"] == {"prompts": 1.0, "tokens": 1.0}
         assert all(rate["median"] > 0 for rate in row["tokens_per_s"].values())
+
+
+def test_too_little_text_is_said(checkpoint, capsys):
+    argv = ["--mosaic", str(checkpoint / "mosaic"), "--data.sources", str(checkpoint / "text")]
+    assert main(["bench", "runtimes", *argv, "--data.block", "64", "--chunks", "4000"]) == 2
+    assert "must give chunks + 2 = 4002 times chunk_tokens=256" in capsys.readouterr().err
 
 
 @needs_engine

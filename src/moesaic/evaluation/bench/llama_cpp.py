@@ -2,8 +2,6 @@
 
 It cannot run in turns with the other methods, so it runs right before and right after them in a
 process of its own, and both medians are kept. Its output is not checked: `llama-bench` shows none.
-
-Shapes: O outputs and I inputs of a matrix.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic._errors import RunError
 from moesaic.evaluation.bench.cell import DENSE
-from moesaic.models.export.gguf import add_decoder
+from moesaic.models.export.gguf_architectures import add_decoder, pair_halves
 from moesaic.models.export.gguf_vocab import add_tokenizer
 
 Rows = list[dict[str, Any]]
@@ -197,18 +195,12 @@ def write_gguf(
     for name, p in parameters.items():
         wide = p.detach().float()
         if name.endswith("q_proj.weight"):
-            wide = _pair_halves(wide, config.num_attention_heads)
+            wide = pair_halves(wide, config.num_attention_heads)
         elif name.endswith("k_proj.weight"):
-            wide = _pair_halves(wide, config.num_key_value_heads)
+            wide = pair_halves(wide, config.num_key_value_heads)
         data = gguf.quantize(np.ascontiguousarray(wide.numpy()), kinds[name])
         writer.write_tensor_data(data.view(np.uint8))
     writer.close()
-
-
-def _pair_halves(weight_OI: Tensor, num_heads: int) -> Tensor:
-    """Order the rows of every head to rotate neighbours, where transformers rotates halves."""
-    halves: Tensor = weight_OI.unflatten(0, (num_heads, 2, -1))
-    return halves.transpose(1, 2).flatten(0, 2)
 
 
 def _try(program: Path, file: Path, prompt_tokens: int, new_tokens: int) -> list[float] | str:

@@ -30,7 +30,7 @@ from moesaic.data import DataConfig, prepare
 from moesaic.evaluation.bench.cell import document, require_memory, use_threads
 from moesaic.evaluation.bench.llama_cpp import find
 from moesaic.evaluation.bench.ours import why_no_engine
-from moesaic.evaluation.bench.runtimes._base import SPARE_CHUNKS, Ids, Runtime
+from moesaic.evaluation.bench.runtimes._base import Ids, Runtime
 from moesaic.evaluation.bench.runtimes.forms import Form, chunks_of, make_forms
 from moesaic.evaluation.bench.runtimes.in_process import OurEngine, Transformers
 from moesaic.evaluation.bench.runtimes.llama_cpp import LlamaCpp
@@ -89,6 +89,11 @@ class RuntimesConfig:
         # The decoder reads a chunk in one step, and half of one token is none.
         if not 4 <= self.chunk_tokens <= 512:
             raise InputError(f"chunk_tokens must be in [4, 512], got {self.chunk_tokens}")
+        if self.prompt_tokens > self.chunk_tokens:
+            raise InputError(
+                f"prompt_tokens must be at most chunk_tokens={self.chunk_tokens}, whose beginnings "
+                f"prompts are, got {self.prompt_tokens}"
+            )
         if self.threads < 0 or self.seconds <= 0:
             raise InputError(
                 "threads must be at least 0 and seconds above 0, got "
@@ -145,11 +150,6 @@ def bench_runtimes(config: RuntimesConfig, progress: Progress | None = None) -> 
     tokenizer = load_tokenizer(config.mosaic)
     split = prepare(config.data, tokenizer, progress=progress)
     text, chunks_NS = chunks_of(split.heldout, tokenizer, config.chunks, config.chunk_tokens)
-    if len(chunks_NS) < 1:
-        raise InputError(
-            f"held-out text must give {1 + SPARE_CHUNKS} chunks of chunk_tokens="
-            f"{config.chunk_tokens}, got fewer; raise data.heldout_tokens_per_domain"
-        )
     num_blocks = max(1, config.calibration_tokens // config.data.block)
     calibration_NS = torch.from_numpy(split.train.ids_NS[:num_blocks]).long()
     with tempfile.TemporaryDirectory() as name, ExitStack() as opened:
@@ -241,7 +241,7 @@ def _rows(
             losses[key] = runtime.nll(chunks_NS)
             stage.advance()
     check_losses(losses, config.dtype)
-    # Every chunk begins a prompt, and so does its middle.
+    # Spread over the chunks.
     pieces = chunks_NS.unfold(1, config.prompt_tokens, config.prompt_tokens).flatten(0, 1)
     prompts = pieces[:: max(1, len(pieces) // config.prompts)][: config.prompts].tolist()
     texts = {key: runtime.write(prompts, config.tokens) for key, runtime in table.running.items()}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from moesaic._errors import InputError
 from moesaic.conversion.fix_k import FixK, fix_k
 from moesaic.data import TokenBlocks
 from moesaic.evaluation.bench import llama_cpp
@@ -93,13 +94,23 @@ def why_not_fixed(config: Any) -> str:
 def chunks_of(
     heldout: TokenBlocks, tokenizer: PreTrainedTokenizerBase, num_chunks: int, length: int
 ) -> tuple[str, Tensor]:
-    """Text, and the chunks of tokens that it begins with, [N, S]; less if the text is short."""
+    """Give text, and the chunks of tokens that it begins with, [N, S].
+
+    Raises:
+        InputError: If there is less text.
+    """
     # Decoded once more, because llama.cpp is given text.
-    text: str = tokenizer.decode(heldout.ids_NS.flatten().tolist(), skip_special_tokens=True)
+    decode: Any = tokenizer.decode
+    text = decode(heldout.ids_NS.flatten().tolist(), skip_special_tokens=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    num_chunks = min(num_chunks, len(ids) // length - SPARE_CHUNKS)
+    if len(ids) < (num_chunks + SPARE_CHUNKS) * length:
+        raise InputError(
+            f"held-out text must give chunks + {SPARE_CHUNKS} = {num_chunks + SPARE_CHUNKS} times "
+            f"chunk_tokens={length} tokens, got {len(ids)}; lower one of them or raise "
+            "data.heldout_tokens_per_domain"
+        )
     kept = ids[: (num_chunks + SPARE_CHUNKS) * length]
-    return tokenizer.decode(kept), torch.tensor(kept).view(-1, length)[:num_chunks]
+    return decode(kept), torch.tensor(kept).view(-1, length)[:num_chunks]
 
 
 def _dense_form(
