@@ -1,9 +1,9 @@
-"""GGUF files for llama.cpp, of the architectures in `gguf_architectures.py`.
+"""GGUF files for llama.cpp: that of GLM-4.5 (arXiv 2508.06471), or for softmax weights Mixtral's.
 
 Tried against llama.cpp: the router and the bias of the choice stay in F32; the bias has to be
 there, and so has a shared block; a tied head may be left out. The file is what the stock model of
-transformers holds, under the names that the `gguf` package has for it, with the tokenizer and its
-chat template.
+transformers holds, under the names that the `gguf` package has for it (`gguf_architectures.py`),
+with the tokenizer and its chat template.
 
 Shapes: E experts, F width of one expert, D model width.
 """
