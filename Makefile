@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test quick slow lint types contracts sizes docs check clean
+.PHONY: demo test quick slow lint types contracts sizes docs check clean vllm-env
 
 demo: $(VENV)/.demo
 	$(BIN)/moesaic run examples/demo.yaml
@@ -50,5 +50,14 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) --editable '.[gguf,train,eval,serve,docs,dev]'
 	touch $@
 
+# vLLM needs other versions than ours, so it has an environment beside it; tests find it there.
+vllm-env: $(VENV)-vllm/.ready
+
+$(VENV)-vllm/.ready: requirements-vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) $(VENV)-vllm runs site

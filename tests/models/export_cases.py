@@ -40,6 +40,12 @@ def fitting(name: str, model_type: str = "", **options: Any) -> PreTrainedModel:
     return model if layout is None else fix_k(model, random_ids(6), layout, FixK(k=2))[0]
 
 
+def softmax(**options: Any) -> PreTrainedModel:
+    """A Mixtral of ours: the weights of two of four blocks sum to one."""
+    case = Case("llama", {**WIDE, **options})
+    return converted(case, router="topk-softmax", router_options={"top_k": 2})
+
+
 def stock_formats() -> list[str]:
     return [name for name, info in FORMATS.items() if "stock" in info.abilities]
 

@@ -16,6 +16,7 @@ from export_cases import (
     fitting,
     merging_tokenizer,
     read_elsewhere,
+    softmax,
     stock_formats,
 )
 from model_cases import LAYERS, Case, converted, dense_config, random_ids
@@ -196,6 +197,48 @@ def test_the_router_is_glm4s():
         routing = router(h_TD)
     assert torch.equal(ids_TK, routing.ids_TK)
     torch.testing.assert_close(weights_TK, routing.weights_TK)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gguf"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_softmax_weights_are_held(name, tied, tmp_path):
+    if name == "gguf":
+        pytest.importorskip("gguf")
+    model = softmax(tie_word_embeddings=tied)
+    made = export_format(name)
+    check_model(made, model.config)
+    made.write(model, None, tmp_path, F32)
+    assert verify(made.read(tmp_path), model, random_ids(4, 9)).difference < 1e-5
+
+
+def test_a_file_of_softmax_weights_is_one_of_mixtral(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model = softmax()
+    export_format("gguf", "F32").write(model, None, tmp_path, F32)
+    reader = gguf.GGUFReader(tmp_path / "model-F32.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "llama"
+    # The width of one expert.
+    assert fields["llama.feed_forward_length"] == 32
+    assert (fields["llama.expert_count"], fields["llama.expert_used_count"]) == (4, 2)
+    held = {each.name: each for each in reader.tensors}
+    assert list(held["blk.0.ffn_gate_exps.weight"].data.shape) == [4, 32, 32]
+    # Neighbours are rotated there, halves here: row 1 of the first head is its row 4.
+    want = model.model.layers[0].self_attn.q_proj.weight[4].tolist()
+    assert held["blk.0.attn_q.weight"].data[1].tolist() == want
+
+
+def test_softmax_weights_that_do_not_fit_are_refused():
+    config = with_layers(softmax().config, router_options={"renormalize": False})
+    with pytest.raises(InputError, match=r"^gguf cannot hold weights that do not sum to one"):
+        check_model(export_format("gguf"), config)
+    config = with_layers(softmax().config, shared_width=32)
+    with pytest.raises(InputError, match=r"^gguf cannot hold a shared part beside the routed"):
+        check_model(export_format("gguf"), config)
+    case = Case("mistral", WIDE)
+    config = converted(case, router="topk-softmax", router_options={"top_k": 2}).config
+    with pytest.raises(InputError, match=r"^gguf cannot hold attention in a sliding window"):
+        check_model(export_format("gguf"), config)
 
 
 # What it cannot hold is said.

@@ -69,6 +69,41 @@ def test_an_export_is_verified_and_recorded(name, checkpoint, texts, tmp_path):
     )
 
 
+def test_training_recovers_what_fixing_lost(checkpoint, texts, tmp_path):
+    text, heldout = texts
+    # A rate at which blocks this small move within a few steps.
+    config = ExportConfig(recovery_tokens=40 * text.block, recovery_rate=3e-3, fix_k=FixK(k=2))
+    out = tmp_path / "out"
+    results = export(checkpoint, out, "glm4_moe", config, text=text, heldout=heldout)
+    found = verify_files(out)["steps"][-1]["results"]["recovery"]
+    assert (found["steps"], found["tokens"]) == (40, 40 * text.block)
+    assert found["last_loss"] < found["first_loss"]
+    assert list(results["quality"]) == ["dense", "variable", "fixed", "recovered"]
+    assert results["agreeing"] == results["prompts"]
+    # What was written is what was trained; its routers are those that were fixed.
+    plain = ExportConfig(fix_k=FixK(k=2))
+    export(checkpoint, tmp_path / "plain", "glm4_moe", plain, text=text)
+    trained, fixed = (
+        export_format("glm4_moe").read(path).state_dict() for path in (out, tmp_path / "plain")
+    )
+    changed = {name for name, value in trained.items() if not torch.equal(value, fixed[name])}
+    assert changed
+    assert all("experts" in name for name in changed)
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith("tmp")] == []
+
+
+def test_recovery_is_refused_where_there_is_none(checkpoint, texts, tmp_path):
+    config = ExportConfig(recovery_tokens=64)
+    with pytest.raises(InputError, match="recovery_tokens must be 0 for remote-code, got 64"):
+        plan_export(checkpoint, "remote-code", config)
+    with pytest.raises(InputError, match="recovery_tokens must be at least 0"):
+        ExportConfig(recovery_tokens=-1)
+    model = dsmoe()
+    save(model, tmp_path / "mosaic", new_manifest(str(tmp_path / "gone"), model))
+    with pytest.raises(InputError, match="gone does not exist"):
+        export(tmp_path / "mosaic", tmp_path / "out", "glm4_moe", config, text=texts[0])
+
+
 def test_rounding_is_a_loss_of_its_own(checkpoint, texts, tmp_path):
     text, heldout = texts
     config = ExportConfig(weights="bfloat16", fix_k=FixK(k=3))

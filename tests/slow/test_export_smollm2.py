@@ -8,10 +8,11 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
 from export_cases import export_format, read_elsewhere
-from llama_cpp_cases import continued, needs, our_perplexity, perplexity, server
+from llama_cpp_cases import needs, our_perplexity
 from model_cases import random_ids
 
 import moesaic as mo
+from moesaic.evaluation.bench.runtimes.llama_cpp import continued, perplexities, server
 from moesaic.models.checkpoint import load_dense, load_tokenizer, new_manifest, save
 from moesaic.models.export.verify import greedy
 
@@ -66,14 +67,15 @@ def test_llama_cpp_agrees(mosaic, text, tmp_path):
     model = export_format("gguf").read(tmp_path / "q8")
     tokenizer = load_tokenizer(str(mosaic))
     prompts = text.heldout.take(6).ids_NS[:, :24].tolist()
-    with server(file, tmp_path / "log", "-c", "512", "-np", "1") as address:
+    with server(file, tmp_path / "log", "-c", "512", "-np", "1", "-t", "1") as address:
         same = [continued(address, p, 8) == greedy(model, torch.tensor([p]), 8) for p in prompts]
     print(f"{sum(same)} of {len(same)} prompts continued alike")
     # It rounds the inputs of its products too, so near ties fall either way.
     assert sum(same) >= 3
     words = tokenizer.decode(text.heldout.take(6, seed=1).ids_NS.flatten().tolist())
     (tmp_path / "text.txt").write_text(words)
-    theirs, chunks = perplexity(file, tmp_path / "text.txt", 128)
+    found = perplexities(file, tmp_path / "text.txt", 128, "-t", "1")
+    chunks, theirs = max(found.items())
     ours = our_perplexity(model, tokenizer(words)["input_ids"], 128, chunks)
     print({"llama.cpp": theirs, "ours": ours, "chunks": chunks})
     assert chunks >= 4

@@ -73,6 +73,13 @@ _KINDS = {
         "train_bench_cost",
         "a training step, its time and memory: dense, DSMoE as published, and with skipping",
     ),
+    "runtimes": _Kind(
+        "runtimes.bench",
+        "RuntimesConfig",
+        "bench_runtimes",
+        "runtimes_cost",
+        "dense and DSMoE in transformers, moesaic, vLLM and llama.cpp: perplexity and speed",
+    ),
 }
 
 
@@ -213,6 +220,35 @@ def _training_table(cell: dict[str, Any]) -> Table:
     return table
 
 
+def _runtimes_table(cell: dict[str, Any]) -> Table:
+    many = str(cell["requests"])
+    table = Table(
+        "runtime",
+        "model",
+        "perplexity",
+        "tokens as ours",
+        "tokens/s, 1 request",
+        f"{many} requests",
+        title=f"{cell['mosaic']} {cell['dtype']}",
+        box=None,
+        title_justify="left",
+    )
+    for row in cell["rows"]:
+        if "skipped" in row:
+            table.add_row(row["runtime"], row["model"], "-", row["skipped"])
+            continue
+        same, rates = row["same_as_ours"], row["tokens_per_s"]
+        table.add_row(
+            row["runtime"],
+            row["model"],
+            f"{row['perplexity']:.4g}",
+            "-" if same is None else f"{same['tokens']:.0%}",
+            f"{rates['1']['median']:.3g}",
+            f"{rates[many]['median']:.3g}",
+        )
+    return table
+
+
 def _times(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["method"] + ("" if row.get("interleaved", True) else " *"),
@@ -237,4 +273,8 @@ def _file_table(cell: dict[str, Any]) -> Table:
     return table
 
 
-_TABLES = {"bench train": _training_table, "bench gguf": _file_table}
+_TABLES = {
+    "bench train": _training_table,
+    "bench gguf": _file_table,
+    "bench runtimes": _runtimes_table,
+}

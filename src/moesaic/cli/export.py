@@ -29,6 +29,9 @@ class Options:
             `Q4_0` in GGUF files; `auto` as the checkpoint has them.
         fix_k: How the blocks of every token are chosen, where the format needs as many for each.
         calibration_tokens: Training text that is read to choose them.
+        recovery_tokens: Training text on which the model of a fixed number of blocks is trained to
+            give the dense parent's logits before it is written; 0 for none.
+        recovery_rate: Peak learning rate of that.
         measure: Whether the loss is measured on held-out text.
         blocks_per_domain: Held-out blocks of each domain that it is measured on.
         data: The text.
@@ -42,6 +45,8 @@ class Options:
     weights: str = "auto"
     fix_k: FixK = field(default_factory=FixK)
     calibration_tokens: int = 16_384
+    recovery_tokens: int = 0
+    recovery_rate: float = 1e-4
     measure: bool = True
     blocks_per_domain: int = 8
     data: DataConfig = field(default_factory=DataConfig)
@@ -57,6 +62,8 @@ def run(argv: Sequence[str]) -> int:
         weights=options.weights,
         fix_k=options.fix_k,
         calibration_tokens=options.calibration_tokens,
+        recovery_tokens=options.recovery_tokens,
+        recovery_rate=options.recovery_rate,
         blocks_per_domain=options.blocks_per_domain,
     )
     check_output(options.out)

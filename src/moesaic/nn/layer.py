@@ -176,8 +176,9 @@ class MoELayer(nn.Module):
 
     def routers(self) -> list[Router]:
         """Every router of the layer, once; none where nothing is routed."""
-        later = [] if self.later_routers is None else list(self.later_routers)
-        return [router for router in (self.router, *later) if isinstance(router, Router)]
+        later: Any = [] if self.later_routers is None else self.later_routers
+        # Adapters may have put themselves around one.
+        return [router for router in (self.router, *later) if router is not None]
 
     def turns(self) -> list[Router]:
         """The router of every iteration, in their order."""

@@ -1,8 +1,8 @@
 """`moesaic.export`: fix the number of blocks where the target needs it, write, verify, record.
 
 What it costs is measured on held-out text, when there is some: the dense parent, the checkpoint
-with its own number of blocks for every token, the same with a fixed number, and once more after the
-weights were rounded to what the format stores.
+with its own number of blocks for every token, the same with a fixed number, that after a training
+to recover, and once more after the weights were rounded to what the format stores.
 
 Shapes: N blocks of S tokens.
 """
@@ -10,6 +10,7 @@ Shapes: N blocks of S tokens.
 from __future__ import annotations
 
 import logging
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from moesaic.models.export._base import Format, FormatConfig
 from moesaic.models.export._obstacles import THRESHOLD, read_layers
 from moesaic.models.export.check import check_model, make_format
 from moesaic.models.export.verify import verify
+from moesaic.training import TrainConfig, train
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,9 @@ class ExportConfig:
         weights: How weights are stored; see `FormatConfig`.
         fix_k: How a number of blocks for every token is chosen, where the format needs one.
         calibration_tokens: Training text that is read to choose it.
+        recovery_tokens: Training text on which the model of a fixed number of blocks is then
+            trained to give the dense parent's logits, routers left alone; 0 for none.
+        recovery_rate: Peak learning rate of that.
         blocks_per_domain: Held-out blocks of each domain that the loss is measured on.
         quality: How they are read.
         seed: Of their choice.
@@ -62,6 +67,8 @@ class ExportConfig:
     weights: str = "auto"
     fix_k: FixK = field(default_factory=FixK)
     calibration_tokens: int = 16_384
+    recovery_tokens: int = 0
+    recovery_rate: float = 1e-4
     blocks_per_domain: int = 8
     quality: QualityConfig = field(default_factory=QualityConfig)
     seed: int = 0
@@ -72,6 +79,11 @@ class ExportConfig:
                 raise InputError(
                     f"{name} must be at least 1, got {getattr(self, name)}; {usual} is usual"
                 )
+        if self.recovery_tokens < 0 or not self.recovery_rate > 0:
+            raise InputError(
+                "recovery_tokens must be at least 0 and recovery_rate above 0, got "
+                f"{self.recovery_tokens} and {self.recovery_rate}"
+            )
 
 
 def plan_export(model: str | Path, format: str, config: ExportConfig) -> tuple[Format, bool]:
@@ -92,7 +104,13 @@ def plan_export(model: str | Path, format: str, config: ExportConfig) -> tuple[F
     found = read_config(str(model))
     check_model(made, found)
     routers = {layer.router for layer in read_layers(found)}
-    return made, made.layout is not None and THRESHOLD in routers
+    fixes = made.layout is not None and THRESHOLD in routers
+    if config.recovery_tokens and not fixes:
+        raise InputError(
+            f"recovery_tokens must be 0 for {format}, got {config.recovery_tokens}: no number of "
+            "blocks is fixed here, so nothing is lost that training could recover"
+        )
+    return made, fixes
 
 
 def check_output(output: Path) -> None:
@@ -160,9 +178,15 @@ def export(
                 subject, heldout, config.quality, progress, block_N=block_N, name=name
             ).losses
 
-    if heldout is not None and (parent := _parent(manifest, dtype)) is not None:
+    recovers = config.recovery_tokens > 0
+    parent: PreTrainedModel | None = None
+    if heldout is not None or recovers:
+        parent = _parent(manifest, dtype, needed=recovers)
+    if parent is not None:
         measure("dense", parent)
-        del parent
+    if not recovers:
+        # Its memory is wanted by the others.
+        parent = None
     measure("variable" if fixes else "checkpoint")
     results: dict[str, Any] = {"format": format}
     if fixes:
@@ -172,6 +196,9 @@ def export(
         _, decided = fix_k(loaded, ids_NS, made.layout, config.fix_k, progress)
         results |= decided
         measure("fixed")
+        if parent is not None:
+            results["recovery"] = _recover(loaded, parent, text, config, output.parent, progress)
+            measure("recovered")
     if made.round(loaded, dtype):
         measure("exported")
     with atomic_directory(output) as temporary:
@@ -185,15 +212,61 @@ def export(
     return results
 
 
-def _parent(manifest: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel | None:
+def _parent(
+    manifest: dict[str, Any], dtype: torch.dtype, *, needed: bool
+) -> PreTrainedModel | None:
     """The dense parent in float32; none, and a word why, where it is no longer what it was."""
     try:
         parent: Any = load_parent(manifest, dtype=str(dtype).removeprefix("torch."))
     except MoesaicError as error:
+        if needed:
+            raise
         logger.warning("what was lost against the dense parent is not measured: %s", error)
         return None
     whole: PreTrainedModel = parent.float()
     return whole
+
+
+def _recover(
+    model: PreTrainedModel,
+    parent: PreTrainedModel,
+    text: TokenBlocks,
+    config: ExportConfig,
+    near: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Train a model of a fixed number of blocks, in place, to give its parent's logits.
+
+    Routers keep their rows: some are scaled so far down that a usual step would undo their order.
+
+    Args:
+        model: In float32.
+        parent: In float32; it is frozen.
+        text: Training text.
+        config: Settings.
+        near: Directory on the disk that holds what the training writes meanwhile.
+        progress: Told of every token.
+
+    Returns:
+        Steps, tokens, and the loss of the first and the last step.
+    """
+    settings = TrainConfig(
+        tokens=config.recovery_tokens,
+        trains="ffn",
+        learning_rate=config.recovery_rate,
+        router_learning_rate=0.0,
+        active=0.0,
+        seed=config.seed,
+    )
+    with tempfile.TemporaryDirectory(dir=near) as directory:
+        _, found = train(model, text, settings, Path(directory), progress, teacher=parent)
+    first, last = found["log"][0]["loss"], found["log"][-1]["loss"]
+    return {
+        "steps": found["steps"],
+        "tokens": found["tokens"],
+        "first_loss": first,
+        "last_loss": last,
+    }
 
 
 def _has_tokenizer(path: Path) -> bool:

@@ -2,8 +2,6 @@
 
 It cannot run in turns with the other methods, so it runs right before and right after them in a
 process of its own, and both medians are kept. Its output is not checked: `llama-bench` shows none.
-
-Shapes: O outputs and I inputs of a matrix.
 """
 
 from __future__ import annotations
@@ -23,11 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic._errors import RunError
 from moesaic.evaluation.bench.cell import DENSE
-from moesaic.models.export.gguf import add_decoder
+from moesaic.models.export.gguf_architectures import add_decoder, pair_halves
+from moesaic.models.export.gguf_vocab import add_tokenizer
 
 Rows = list[dict[str, Any]]
 
@@ -154,19 +153,28 @@ def _matrices(model: nn.Module) -> Iterator[Tensor]:
     return (p for p in model.parameters() if p.dim() == 2)
 
 
-def write_gguf(model: PreTrainedModel, path: Path, weights: str) -> None:
-    """Write a dense Llama model with a vocabulary of size alone, enough for `llama-bench`.
+def write_gguf(
+    model: PreTrainedModel,
+    path: Path,
+    weights: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write a dense Llama model.
 
     Args:
         model: See `why_not` for what is supported.
         path: Of the file.
         weights: `F32`, `BF16` or `Q8_0` for the matrices; norms are F32.
+        tokenizer: Without one there is a vocabulary of size alone, enough for `llama-bench`.
     """
     import gguf
 
     config: Any = model.config
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("none")
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+    else:
+        add_tokenizer(writer, tokenizer, config.vocab_size)
     add_decoder(writer, config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     parameters = dict(model.named_parameters())
@@ -187,18 +195,12 @@ def write_gguf(model: PreTrainedModel, path: Path, weights: str) -> None:
     for name, p in parameters.items():
         wide = p.detach().float()
         if name.endswith("q_proj.weight"):
-            wide = _pair_halves(wide, config.num_attention_heads)
+            wide = pair_halves(wide, config.num_attention_heads)
         elif name.endswith("k_proj.weight"):
-            wide = _pair_halves(wide, config.num_key_value_heads)
+            wide = pair_halves(wide, config.num_key_value_heads)
         data = gguf.quantize(np.ascontiguousarray(wide.numpy()), kinds[name])
         writer.write_tensor_data(data.view(np.uint8))
     writer.close()
-
-
-def _pair_halves(weight_OI: Tensor, num_heads: int) -> Tensor:
-    """Order the rows of every head to rotate neighbours, where transformers rotates halves."""
-    halves: Tensor = weight_OI.unflatten(0, (num_heads, 2, -1))
-    return halves.transpose(1, 2).flatten(0, 2)
 
 
 def _try(program: Path, file: Path, prompt_tokens: int, new_tokens: int) -> list[float] | str:

@@ -13,7 +13,7 @@ FORMATS = MethodTable(
             name="gguf",
             target="moesaic.models.export.gguf:Gguf",
             config=_CONFIG,
-            summary="llama.cpp: one file with the tokenizer, as glm4_moe, quantised or not",
+            summary="llama.cpp: one file with tokenizer, as glm4_moe or mixtral, maybe quantised",
             paper="GLM-4.5, arXiv 2508.06471",
             abilities=frozenset({"fixed-k"}),
         ),

@@ -29,7 +29,8 @@ from moesaic.nn.layer import moe_layers
 LAYOUT = Layout(router="topk-softmax", max_shared=0)
 
 
-def _obstacle(config: Any) -> str:
+def obstacle(config: Any) -> str:
+    """Say what of a model the architecture cannot hold; empty if nothing."""
     return first_obstacle(config, LAYOUT, _attention_obstacle, sums_to_one)
 
 
@@ -39,8 +40,15 @@ def _attention_obstacle(attention: Attention) -> str:
     return "norms of queries and keys" if attention.qk_norm else ""
 
 
-def _build(model: PreTrainedModel) -> Any:
-    """Make the stock model around the tensors of a converted one without an obstacle."""
+def build_mixtral(model: PreTrainedModel) -> Any:
+    """Make the stock model around the tensors of a converted one without an obstacle.
+
+    Args:
+        model: Whose layers fit `LAYOUT`.
+
+    Returns:
+        A `MixtralForCausalLM`; nothing was copied.
+    """
     config: Any = model.config
     layer = read_layers(config)[0]
     values = {
@@ -57,7 +65,7 @@ def _build(model: PreTrainedModel) -> Any:
     return build("Mixtral", values, state, model)
 
 
-_TARGET = Target(name="mixtral", layout=LAYOUT, obstacle=_obstacle, build=_build)
+_TARGET = Target(name="mixtral", layout=LAYOUT, obstacle=obstacle, build=build_mixtral)
 
 
 def mixtral_format(config: FormatConfig) -> Format:

@@ -36,7 +36,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     """Write down what a block takes."""
     start = time.perf_counter()
     yield
-    seconds[name] = round(time.perf_counter() - start, 2)
+    seconds[name] = round(time.perf_counter() - start, 4)
 
 
 def circumstances(

@@ -1,0 +1,1 @@
+"""One model in several runtimes: what each writes, how well, and how fast."""

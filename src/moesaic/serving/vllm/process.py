@@ -1,0 +1,160 @@
+"""vLLM in an environment of its own, since it wants other versions than ours, driven from here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from moesaic._errors import RunError
+
+# Environment variable with the path of its Python; else the one that `make vllm-env` makes here.
+VARIABLE = "MOESAIC_VLLM_PYTHON"
+_DEFAULT = Path(".venv-vllm", "bin", "python")
+_ON_CPU = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # It would bind its threads to cores of its choice, and keep one for itself.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # One process, and no compiler for the little that eager mode still compiles.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class Written(NamedTuple):
+    """What vLLM wrote after a prompt.
+
+    Attributes:
+        tokens: Greedy tokens.
+        logprobs: Of them, if asked for.
+        prompt_logprobs: Of the tokens of the prompt after the first, if asked for.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    prompt_logprobs: list[float]
+
+
+def find() -> Path:
+    """Tell where the Python of vLLM's environment is, or would be."""
+    named = os.environ.get(VARIABLE)
+    return Path(named) if named else _DEFAULT
+
+
+def why_not() -> str:
+    """Say why vLLM cannot be started; empty if nothing speaks against it."""
+    if os.access(find(), os.X_OK):
+        return ""
+    return f"not installed; `make vllm-env` in a checkout, or name its Python in {VARIABLE}"
+
+
+class VllmProcess:
+    """A model in vLLM, in a process that ends with the context.
+
+    Args:
+        model: Directory of the model.
+        dtype: Of its weights.
+        length: Positions of a sequence.
+        threads: Of its arithmetic.
+        options: Further arguments of `vllm.LLM`.
+
+    Raises:
+        RunError: With what vLLM said last, if it cannot load the model.
+    """
+
+    def __init__(
+        self, model: Path, *, dtype: str, length: int, threads: int = 1, **options: Any
+    ) -> None:
+        settings = {"model": str(model.resolve()), "dtype": dtype, "max_model_len": length}
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
+        read, write = os.pipe()
+        command = [str(find()), "-m", "moesaic.serving.vllm.worker"]
+        self._process = subprocess.Popen(
+            [*command, json.dumps({**settings, **options}), str(write)],
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+            text=True,
+            pass_fds=[write],
+            env={**os.environ, **_ON_CPU, "OMP_NUM_THREADS": str(threads)},
+        )
+        os.close(write)
+        self._answers = os.fdopen(read)
+        # The first answer comes once the model is loaded.
+        try:
+            self.write([[0]], 1)
+        except RunError:
+            self.close()
+            raise
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        *,
+        logprobs: bool = False,
+        score: bool = False,
+    ) -> list[Written]:
+        """Continue prompts greedily, all at once, to a fixed length.
+
+        Args:
+            prompts: Token ids.
+            new_tokens: After each, end tokens among them.
+            logprobs: Whether the log-probabilities of new tokens are wanted.
+            score: Whether those of the prompts are.
+
+        Raises:
+            RunError: With what vLLM said last, if it gave no answer.
+        """
+        asked = {"prompts": [list(ids) for ids in prompts], "new_tokens": new_tokens}
+        assert self._process.stdin is not None
+        try:
+            print(
+                json.dumps({**asked, "logprobs": logprobs, "score": score}),
+                file=self._process.stdin,
+                flush=True,
+            )
+            line = self._answers.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RunError(f"vLLM gave no answer: {self._last_words()}")
+        return [Written(*each) for each in json.loads(line)]
+
+    def _last_words(self) -> str:
+        """The last error that its log names, else its last line."""
+        self._process.wait()
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log if line.strip()] or ["nothing"]
+        errors = [line for line in lines if re.search(r"error[:,] ", line, re.IGNORECASE)]
+        return (errors or lines)[-1]
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.terminate()
+        self._process.wait()
+        self._process.stdin.close()
+        self._answers.close()
+        self._log.close()
+
+    def __enter__(self) -> VllmProcess:
+        """Give itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the process."""
+        self.close()
