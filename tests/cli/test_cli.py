@@ -201,7 +201,8 @@ def test_commands_cut_after_their_result_only_tidy_up(root, tmp_path, capsys, mo
             def cut(path, **_):
                 raise KeyboardInterrupt
 
-            patch.setattr(f"moesaic.cli.{module}.shutil", SimpleNamespace(**{**vars(shutil), "rmtree": cut}))
+            fake = SimpleNamespace(**{**vars(shutil), "rmtree": cut})
+            patch.setattr(f"moesaic.cli.{module}.shutil", fake)
             assert "the same command goes on" in fails_after_clear(capsys, argv, 130)
         assert main([*argv, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["output"] == argv[2]
