@@ -106,6 +106,9 @@ class MoELayer(nn.Module):
             self.router = ROUTERS.load(config.router)(dim, config.num_experts, settings)
             self.experts = _make_experts(dim, config, routed)
         if config.shared_width:
+            assert isinstance(config.experts, str), (
+                "experts that differ in kind have no shared part"
+            )
             self.shared = EXPERTS.load(config.experts)(dim, 1, config.shared_width, options)
         self.free: FreeExperts | None = None
         if self.router is not None and self.router.free_experts:

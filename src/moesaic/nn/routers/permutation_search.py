@@ -128,7 +128,7 @@ class PermutationSearch(Router):
             Its slots, and its scores in the order of the experts; all E in the search, where the
             summed weight of a token stays what it was.
         """
-        routing = self.inner(h_TD, state)
+        routing: Routing = self.inner(h_TD, state)
         num_experts = self.num_experts
         # Slots after E, empty ones and columns of noise, stay where they are.
         places = torch.cat([self.expert_of, self.expert_of.new_tensor([num_experts])])

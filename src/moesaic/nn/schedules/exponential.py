@@ -26,4 +26,5 @@ def exponential(progress: float, start: float, end: float) -> float:
         raise InputError(
             f"an exponential schedule must start and end above 0, got {start} and {end}; use linear"
         )
-    return start * (end / start) ** progress
+    value: float = start * (end / start) ** progress
+    return value
