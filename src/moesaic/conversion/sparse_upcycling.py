@@ -134,7 +134,7 @@ def convert_sparse_upcycling(
         # All at once at the end: what an interrupted conversion keeps are the copies.
         _diversify(layer, config, index)
     # Masked weights train on from zero, where those that pruning took stay there.
-    model.config.moesaic["zeros_train"] = config.diversify == "mask"  # type: ignore[union-attr]
+    model.config.moesaic["zeros_train"] = config.diversify == "mask"
     return model, {
         "router": "random, untrained",
         "copy_widths": [layer.config.width for layer in moe_layers(model)],
