@@ -97,10 +97,12 @@ def judge(results: dict[str, Any]) -> tuple[dict[str, bool], str]:
         <= TOP_K
     }
     for way in ROUTERS:
-        holds[f"with the search the median loss of {way} is no worse"] = (
+        holds[f"the median loss of {way} is no worse with the search"] = (
             median[f"{way}+"] <= median[way]
         )
-        holds[f"and its spread over seeds is smaller ({way})"] = spread[f"{way}+"] < spread[way]
+        holds[f"the spread of {way} over seeds is smaller with the search"] = (
+            spread[f"{way}+"] < spread[way]
+        )
     found = "; ".join(
         f"{way}: {median[way]:.3f} ({spread[way]:.3f} apart, "
         f"{100 * seeds.mean(way, 'error'):.1f}% wrong, {seeds.mean(way, 'experts'):.2f} experts)"

@@ -78,7 +78,7 @@ def judge(results: dict[str, Any]) -> tuple[dict[str, bool], str]:
         "copies of a trained expert beat top-1 from scratch": copies < scratch,
         "masked copies with the gate from dense to sparse are no worse than plain copies": evomoe
         <= copies,
-        "its experts per token fall over the training, on every seed": all(
+        "the experts per token of that gate fall over the training, on every seed": all(
             fall == sorted(fall, reverse=True) and fall[-1] < fall[0] for fall in falls
         ),
     }

@@ -136,7 +136,7 @@ def judge(results: dict[str, Any]) -> tuple[dict[str, bool], str]:
             *seeds.values("mixed", "accuracy_mean"), *seeds.values("mixed", "accuracy_order")
         )
         > 0.9,
-        "its route agrees with the type in over 0.75 of inputs, on every seed": min(
+        "the mixed pair routes over 0.75 of inputs by their type, on every seed": min(
             seeds.values("mixed", "agreement")
         )
         > 0.75,

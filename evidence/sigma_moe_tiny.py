@@ -83,10 +83,13 @@ def judge(results: dict[str, Any]) -> tuple[dict[str, bool], str]:
             "load_low"
         ]
         > one["load_high"],
-        "and has more dead experts": one["dead_low"] > one["dead_high"],
-        "its probabilities are more even than its loads": one["probability_evenness_low"]
+        "the lowest layer then has more dead experts than the seventh": one["dead_low"]
+        > one["dead_high"],
+        "the probabilities of the lowest layer are more even than its loads": one[
+            "probability_evenness_low"
+        ]
         > one["load_evenness_low"],
-        "after an early stage of more experts it is more even than with one from the start": (
+        "after an early stage of more experts the lowest layer is more even than without": (
             progressive["load_low"] < one["load_low"]
         ),
         "the final loss is no worse (within 0.02 nats)": progressive["loss"] < one["loss"] + 0.02,

@@ -11,7 +11,7 @@ from moesaic._config import to_plain
 from moesaic._errors import InputError
 from moesaic.models.architectures import ARCHITECTURES
 from moesaic.models.modeling import moesaic_classes
-from moesaic.nn.layer import LayerConfig, moe_layers
+from moesaic.nn.layer import LayerConfig, end_step, moe_layers
 
 
 @pytest.fixture(params=["zero-computation", "recurrent-top-k"])
@@ -87,3 +87,25 @@ def test_recomputation_is_refused(model):
     loss = model.train()(ids, labels=ids).loss
     with pytest.raises(InputError, match=r" needs the .* train without gradient checkpointing"):
         loss.backward()
+
+
+@pytest.mark.parametrize("router", ["permutation-search", "dense-to-sparse", "progressive-top-k"])
+def test_what_steps_have_changed_is_saved_and_loaded(router, tmp_path):
+    torch.manual_seed(0)
+    layer = LayerConfig(num_experts=4, width=8, router=router)
+    moesaic = {"layers": [to_plain(layer)] * LAYERS, "losses": {}}
+    config_class, model_class = moesaic_classes(ARCHITECTURES["llama"])
+    values = dense_config(Case("llama", {})).to_dict()
+    values.pop("model_type")
+    model = model_class(config_class(**values, moesaic=moesaic))
+    for _ in range(3):
+        end_step(model)
+    buffers = dict(model.named_buffers())
+    assert any("router" in name for name in buffers)
+    model.save_pretrained(tmp_path)
+    again = dict(type(model).from_pretrained(tmp_path).named_buffers())
+    for name in (name for name in buffers if "router" in name):
+        assert torch.equal(again[name], buffers[name]), name
+    if router == "permutation-search":
+        exchanged = [value for name, value in again.items() if name.endswith("expert_of")]
+        assert any(value.tolist() != sorted(value.tolist()) for value in exchanged)

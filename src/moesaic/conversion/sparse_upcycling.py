@@ -133,8 +133,9 @@ def convert_sparse_upcycling(
     for index, layer in enumerate(moe_layers(model)):
         # All at once at the end: what an interrupted conversion keeps are the copies.
         _diversify(layer, config, index)
-    # Masked weights train on from zero, where those that pruning took stay there.
-    model.config.moesaic["zeros_train"] = config.diversify == "mask"
+    if config.diversify == "mask":
+        # These train on from zero, where weights that pruning took stay there.
+        model.config.moesaic["zeros_train"] = True
     return model, {
         "router": "random, untrained",
         "copy_widths": [layer.config.width for layer in moe_layers(model)],
