@@ -16,6 +16,7 @@ NAMES = (
     "moge",
     "selective_sinkhorn",
     "sonicmoe",
+    "union_of_experts",
 )
 
 
