@@ -20,6 +20,7 @@ NAMES = (
     "selective_sinkhorn",
     "sigma_moe_tiny",
     "sonicmoe",
+    "union_of_experts",
 )
 
 

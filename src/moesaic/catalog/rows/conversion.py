@@ -57,6 +57,10 @@ SYSTEMS = (
             "Decomposes attention and FFN into equal experts, each of which sees only its "
             "share of the tokens."
         ),
+        status="works",
+        uses=("router:data-selection", "experts:plain"),
+        check="tests/nn/test_union_of_experts.py",
+        evidence="evidence/union_of_experts.json",
     ),
     System(
         id="read-me",
