@@ -74,6 +74,18 @@ def text_bytes(num_train: int = 400_000, num_held: int = 60_000) -> tuple[Tensor
     return data[:num_train], data[-num_held:]
 
 
+def alike_bytes(block: int = 2400, every: int = 8) -> tuple[Tensor, Tensor]:
+    """The same text with every eighth block held out, so that both parts are of all documents.
+
+    What `text_bytes` holds out is the last document, in which other bytes are frequent: right for a
+    loss, and wrong for how even experts are, which follows from the text.
+    """
+    joined = torch.cat(text_bytes())
+    blocks = joined[: len(joined) // block * block].unflatten(0, (-1, block))
+    held = torch.arange(len(blocks)) % every == every - 1
+    return blocks[~held].flatten(), blocks[held].flatten()
+
+
 def batch(data: Tensor, size: int, length: int, generator: torch.Generator) -> Tensor:
     """Draw windows of text, [B, S]."""
     starts = torch.randint(len(data) - length, (size,), generator=generator)
@@ -164,6 +176,14 @@ def max_over_mean(model: Any, data: Tensor, length: int, windows: int) -> list[f
     return [float(load_E.max() / load_E.mean()) for load_E in loads]
 
 
+def load_by_chance(num_choices: int, num_experts: int) -> float:
+    """Load of the busiest expert over the mean to expect where all are as likely to be chosen."""
+    draw = np.random.default_rng(0).multinomial(
+        num_choices, np.full(num_experts, 1 / num_experts), size=2000
+    )
+    return float(draw.max(1).mean() * num_experts / num_choices)
+
+
 @torch.no_grad()
 def skew_routers(model: Any, num_favourites: int, factor: float) -> None:
     """Scale the fresh router rows of a few experts, so that most tokens would choose among them."""
@@ -217,9 +237,10 @@ class Frame:
         seed: int,
         steps: int,
         after: Callable[[int, list[Any]], None] | None = None,
+        text: Tensor | None = None,
     ) -> None:
         """Train on windows of the text, which are the same for the same seed."""
-        data, _ = text_bytes()
+        data = text_bytes()[0] if text is None else text
         generator = torch.Generator().manual_seed(seed)
 
         def draw() -> Tensor:
@@ -227,13 +248,17 @@ class Frame:
 
         optimise(model, draw, steps, self.rate, after)
 
-    def validate(self, model: Any, windows: int) -> tuple[float, list[float]]:
+    def validate(
+        self, model: Any, windows: int, text: Tensor | None = None
+    ) -> tuple[float, list[float]]:
         """Loss in nats per byte of held-out text, and mean active experts of every layer."""
-        return validate(model, text_bytes()[1], self.length, windows)
+        held = text_bytes()[1] if text is None else text
+        return validate(model, held, self.length, windows)
 
-    def loads(self, model: Any, windows: int) -> list[float]:
+    def loads(self, model: Any, windows: int, text: Tensor | None = None) -> list[float]:
         """Load of the busiest expert over the mean on held-out text, for every layer."""
-        return max_over_mean(model, text_bytes()[1], self.length, windows)
+        held = text_bytes()[1] if text is None else text
+        return max_over_mean(model, held, self.length, windows)
 
 
 class Seeds:
