@@ -74,8 +74,9 @@ def output_error(model: Any, changed: Any) -> float:
     _, held = text_bytes()
     seen: list[tuple[Tensor, Routing, Tensor]] = []
 
-    def keep(module: Experts, args: tuple[Tensor, Routing], out: Tensor) -> None:
-        seen.append((*args, out))
+    def keep(module: Experts, args: tuple[Any, ...], out: Tensor) -> None:
+        h_TD, routing, _ = args
+        seen.append((h_TD, routing, out))
 
     handles = [moe.experts.register_forward_hook(keep) for moe in moe_layers(model) if moe.experts]
     model(input_ids=held[: 32 * FRAME.length].reshape(32, FRAME.length), use_cache=False)
