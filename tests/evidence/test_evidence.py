@@ -16,6 +16,7 @@ NAMES = (
     "evomoe",
     "hecto",
     "moe_plus_plus",
+    "mole_latent_experts",
     "moge",
     "selective_sinkhorn",
     "sigma_moe_tiny",

@@ -61,6 +61,30 @@ SYSTEMS = (
         uses=("router:data-selection", "experts:plain"),
         check="tests/nn/test_union_of_experts.py",
         evidence="evidence/union_of_experts.json",
+        use_when=(
+            "Experts should each see their share of every sequence, attention heads among them. Not "
+            "for decoding token by token: a share below one looks at later tokens."
+        ),
+        cost=(
+            "With a capacity of 1 that of top-k. Attention whose heads are experts computes and "
+            "masks every head here, so it saves nothing yet."
+        ),
+        traps=(
+            "With `capacity` below 1 a token's experts depend on later tokens of its sequence: "
+            "causal models are measured with what they will not have when they write.",
+            "Scores divided by their sum over a batch would make a token depend on other "
+            "sequences; here they are not.",
+        ),
+        example=(
+            "import torch",
+            "from moesaic import LayerConfig, MoELayer",
+            "",
+            'options = {"top_k": 2, "capacity": 1.0}',
+            "config = LayerConfig(",
+            '    num_experts=8, width=16, router="data-selection", router_options=options',
+            ")",
+            "MoELayer(64, config)(torch.randn(2, 5, 64))",
+        ),
     ),
     System(
         id="read-me",

@@ -155,6 +155,54 @@ SYSTEMS = (
             "Chooses between two experts of different kind, one recurrent and one feed- "
             "forward, for each input."
         ),
+        status="works",
+        uses=(
+            "experts:gru",
+            "experts:plain",
+            "router:straight-through-top-k",
+            "loss:entropy",
+            "loss:diversity",
+        ),
+        check="tests/nn/test_mixed_experts.py",
+        evidence="evidence/hecto.json",
+        use_when=(
+            "Whole inputs differ in what decides them, order in some and content in others, and it "
+            "should be seen which was used. It routes inputs, not the tokens of a language model."
+        ),
+        cost=(
+            "One expert runs for each input. The recurrent one reads its sequence position after "
+            "position and takes far longer than the feed-forward one, so a mean over both hides "
+            "the cost of a route."
+        ),
+        traps=(
+            "The gate hears only of the expert that ran, so it may keep a wrong choice for good: "
+            "`soft_steps`, which the paper has not, let it compare first.",
+            "Collapse onto the recurrent expert, which can do everything, is the natural failure; "
+            "keep the diversity loss on and watch the mean probabilities.",
+            "The entropy of single inputs should be small and that of the batch mean large; with a "
+            "batch of one input the two losses work against each other.",
+            "Padding has to stand behind a sequence: the last valid state is what counts.",
+        ),
+        example=(
+            "import torch",
+            "from moesaic import LayerConfig, MoELayer",
+            "from moesaic.nn.routers._base import RouterState",
+            "from moesaic.nn.sequences import Sequences",
+            "",
+            "config = LayerConfig(",
+            "    num_experts=2,",
+            "    width=32,",
+            '    router="straight-through-top-k",',
+            '    experts=("plain", "gru"),',
+            '    activation="tanh",',
+            "    bias=True,",
+            "    expert_bias=True,",
+            ")",
+            "sequences = Sequences(torch.randn(3, 7, 64), torch.tensor([7, 4, 2]))",
+            "layer = MoELayer(64, config)",
+            "pooled = sequences.values_TSD[:, 0]",
+            "layer(pooled, RouterState(sequences=sequences))",
+        ),
     ),
     System(
         id="sigma-moe-tiny",
@@ -166,6 +214,36 @@ SYSTEMS = (
         summary=(
             "Trains one active expert of many by starting with more in low layers and "
             "sparsifying step by step."
+        ),
+        status="works",
+        uses=("router:progressive-top-k", "schedule:switch", "loss:load-balance"),
+        check="tests/nn/test_progressive_top_k.py",
+        evidence="evidence/sigma_moe_tiny.json",
+        use_when=(
+            "One or two of very many experts are active, and the lowest layers stay uneven under a "
+            "balance loss that looks satisfied. Not where k is a fair part of the experts."
+        ),
+        cost=(
+            "More experts per token in a few layers for most of the training, nothing in evaluation "
+            "and no weights. The loss and the loads of those layers jump for a while at the switch."
+        ),
+        traps=(
+            "With k = 1 a softmax after the choice gives a weight of one and teaches the router "
+            "nothing: weights here are probabilities among all experts, in both stages.",
+            "Count the loads of the balance loss as a share of choices (`share_of: choices`), or "
+            "its scale changes at the switch.",
+            "A z-loss keeps scores small, which is also how a balance loss is met without balance.",
+            "A training loop of your own has to call `end_step`, or the early stage never ends.",
+        ),
+        example=(
+            "import torch",
+            "from moesaic import LayerConfig, MoELayer",
+            "",
+            'options = {"top_k": 1, "early_top_k": 8, "early_steps": 900}',
+            "config = LayerConfig(",
+            '    num_experts=96, width=32, router="progressive-top-k", router_options=options',
+            ")",
+            "MoELayer(64, config)(torch.randn(2, 5, 64))",
         ),
     ),
     System(
@@ -180,6 +258,39 @@ SYSTEMS = (
         summary=(
             "Gates through soft decision trees that never exceed k experts, with a learned "
             "permutation of the experts."
+        ),
+        status="works",
+        uses=("router:soft-trees", "router:permutation-search", "schedule:exponential"),
+        check="tests/nn/test_soft_trees.py",
+        evidence="evidence/comet.json",
+        use_when=(
+            "Few experts, short training and a gate that should be differentiable until it has "
+            "decided: recommenders, small classifiers. The search suits any sparse router that "
+            "starts badly."
+        ),
+        cost=(
+            "Training begins dense: every expert runs until the splits have decided, and during the "
+            "search whatever the router. The search adds up to 150 rounds over an E x E matrix and "
+            "an assignment of E cubed steps to every step."
+        ),
+        traps=(
+            "Too large an entropy coefficient freezes trees before they are good; a decided split "
+            "has no gradient, and all inputs may end in one leaf.",
+            "The softmax runs over the leaves of all trees together; one for each tree would be "
+            "another method.",
+            "At the last temperature float32 is too coarse for the search, which is done in "
+            "float64.",
+            "A training loop of your own has to call `end_step`, or the search never ends.",
+        ),
+        example=(
+            "import torch",
+            "from moesaic import LayerConfig, MoELayer",
+            "",
+            'trees = {"router": "soft-trees", "options": {"num_trees": 2}, "search_steps": 100}',
+            "config = LayerConfig(",
+            '    num_experts=9, width=32, router="permutation-search", router_options=trees',
+            ")",
+            "MoELayer(64, config)(torch.randn(2, 5, 64))",
         ),
     ),
     System(
@@ -251,6 +362,35 @@ SYSTEMS = (
         summary=(
             "Gives groups of experts a common projection into a latent space; trained models "
             "convert by SVD."
+        ),
+        status="works",
+        uses=("experts:latent-gated",),
+        check="tests/nn/test_latent_experts.py",
+        evidence="evidence/mole_latent_experts.json",
+        use_when=(
+            "Many narrow experts in a wide model, whose weights are to shrink. Not where an expert "
+            "is as wide as the model, nor for blocks cut from one dense network, which have little "
+            "in common."
+        ),
+        cost=(
+            "Groups of N experts have fewer weights where the model is wider than an expert by more "
+            "than N / (N - 1). One more product per token and group; the decode engine and stock "
+            "formats take the factors multiplied out."
+        ),
+        traps=(
+            "A factorisation that is best for the weights is not best for outputs: measure those.",
+            "Errors of gate and up multiply, since one passes through the activation.",
+            "Cutting the rank first changes the model even where the common projection is exact.",
+        ),
+        example=(
+            "import torch",
+            "from moesaic import LayerConfig, MoELayer",
+            "",
+            "config = LayerConfig(",
+            '    num_experts=8, width=16, router="topk-softmax", experts="latent-gated",',
+            '    experts_options={"group_size": 4},',
+            ")",
+            "MoELayer(64, config)(torch.randn(2, 5, 64))",
         ),
     ),
     System(

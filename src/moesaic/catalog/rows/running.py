@@ -15,6 +15,47 @@ SYSTEMS = (
         summary=(
             "Grows a mixture from one trained expert, then anneals its gate from dense to sparse."
         ),
+        status="works",
+        uses=(
+            "conversion:sparse-upcycling",
+            "router:dense-to-sparse",
+            "schedule:linear",
+            "schedule:exponential",
+            "loss:load-balance",
+        ),
+        check="tests/nn/test_dense_to_sparse.py",
+        evidence="evidence/evomoe.json",
+        use_when=(
+            "A trained dense model should become a mixture of one active expert, and there are "
+            "steps left to train it. Not for a mixture that is to be used at once."
+        ),
+        cost=(
+            "At first every expert runs for every token, E times the work; it falls with the "
+            "temperature to one expert, as in evaluation. The networks take as much memory as there "
+            "are copies."
+        ),
+        traps=(
+            "Training mixes several experts and evaluation uses one: leave a good part of the steps "
+            "after `soft_steps`.",
+            "With `weight: softmax` a single expert may weigh little more than 1 / E, and outputs "
+            "shrink as the gate grows sparse; the noisy weights sharpen with it.",
+            "Copies that are alike, with equal scores, learn alike under a dense gate: mask them, "
+            "or leave it to the noise.",
+            "A training loop of your own has to call `end_step`, or the gate stays dense.",
+        ),
+        example=(
+            "from moesaic import SparseUpcycling",
+            "",
+            'temperature = {"start": 2.0, "end": 0.3, "steps": 1000}',
+            "SparseUpcycling(",
+            "    copies=8,",
+            "    top_k=1,",
+            "    active=1.0,",
+            '    router="dense-to-sparse",',
+            '    router_options={"temperature": temperature, "soft_steps": 1000},',
+            '    diversify="mask",',
+            ")",
+        ),
     ),
     System(
         id="expertweave",
