@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -141,7 +141,7 @@ class HealthMonitor:
         ):
             self._lines.popleft()
 
-    def _warn(self) -> list[Mapping[str, Any]]:
+    def _warn(self) -> list[dict[str, Any]]:
         """Say once for each kind and layer what is wrong."""
         steps, window = self._window()
         if steps < self.config.window:
