@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = (
     "adamoe",
     "alf_lb",
+    "chain_of_experts",
     "comet",
     "deepseekmoe",
     "dsmoe",
@@ -18,9 +19,12 @@ NAMES = (
     "moe_plus_plus",
     "mole_latent_experts",
     "moge",
+    "rexmoe",
+    "rmoe",
     "selective_sinkhorn",
     "sigma_moe_tiny",
     "sonicmoe",
+    "thor",
     "union_of_experts",
 )
 

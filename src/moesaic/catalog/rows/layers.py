@@ -14,6 +14,42 @@ SYSTEMS = (
             "Lets a layer route to the experts of neighbouring layers, for more choice "
             "without more experts."
         ),
+        status="works",
+        uses=("router:growing-top-k", "schedule:linear"),
+        check="tests/nn/test_rexmoe.py",
+        evidence="evidence/rexmoe.json",
+        use_when=(
+            "A model is trained from scratch and memory for more experts is short: every router "
+            "gets a choice 2 to 4 times as large for its own rows alone."
+        ),
+        cost=(
+            "The work of a top-k layer for a token, and (r - 1) N D router weights more in each of "
+            "the layers. Batches touch more experts in a layer, so that more weights are read, and "
+            "experts are computed in r calls."
+        ),
+        traps=(
+            "The paper's formula for groups, taken literally, gives windows that overlap and drift "
+            "away from the layer; its text, and this, mean groups of layers in a row.",
+            "Most of the published gain is the growing pool's, and large groups collapse onto few "
+            "experts: stay at 2 to 4 layers.",
+            "Masking after the softmax shrinks the weights while the pool is small; masking before "
+            "it does not. The first is the paper's.",
+            "A group has to stay on one stage of a pipeline, and an expert is trained by inputs "
+            "from several depths.",
+        ),
+        example=(
+            "import torch",
+            "from moesaic import LayerConfig, MoELayer",
+            "from moesaic.nn.layer import link_layers",
+            "",
+            'options = {"top_k": 2, "initial": 8, "start_step": 100, "end_step": 300}',
+            "config = LayerConfig(",
+            '    num_experts=8, width=32, reuse=2, router="growing-top-k", router_options=options',
+            ")",
+            "layers = torch.nn.Sequential(MoELayer(64, config), MoELayer(64, config))",
+            "link_layers(layers)",
+            "layers(torch.randn(2, 5, 64))",
+        ),
     ),
     System(
         id="rmoe",
@@ -25,6 +61,44 @@ SYSTEMS = (
         summary=(
             "Carries routing decisions of a token from layer to layer in a small recurrent state."
         ),
+        status="works",
+        uses=("router:recurrent-top-k", "loss:load-balance"),
+        check="tests/nn/test_recurrent_top_k.py",
+        evidence="evidence/rmoe.json",
+        use_when=(
+            "A deep mixture is trained from scratch for long and layers should decide with the "
+            "layers before in view. It needs every layer in one pass, with gradients between them."
+        ),
+        cost=(
+            "Router weights L P D + 6 P^2 + L E P in the place of L E D, at P = 128 usually more; "
+            "the cell runs once for a token and layer. Nothing is cached between tokens."
+        ),
+        traps=(
+            "Without the gradient through the state (detached, or gradient checkpointing, which is "
+            "refused here) the published gain turns into a loss.",
+            "Two small maps follow each other: fresh weights that suit a wide model leave a narrow "
+            "one with scores close to zero, and it learns late.",
+            "The released cell does not run as it is, and renormalises the weights where the "
+            "paper does not; both ways are settings here.",
+            "Stages of a pipeline have to send the state along with the hidden states.",
+        ),
+        example=(
+            "import torch",
+            "from moesaic import LayerConfig, MoELayer",
+            "from moesaic.nn.layer import link_layers, pass_state",
+            "",
+            "configs = [",
+            "    LayerConfig(",
+            '        num_experts=8, width=32, router="recurrent-top-k",',
+            '        router_options={"size": 16, "first": index == 0},',
+            "    )",
+            "    for index in range(2)",
+            "]",
+            "layers = torch.nn.Sequential(*(MoELayer(64, config) for config in configs))",
+            "link_layers(layers)",
+            "with pass_state(layers):",
+            "    layers(torch.randn(2, 5, 64))",
+        ),
     ),
     System(
         id="chain-of-experts",
@@ -35,6 +109,39 @@ SYSTEMS = (
         parts=("layer",),
         summary=(
             "Runs the experts of one layer several times in a row, routing anew before each pass."
+        ),
+        status="works",
+        uses=("router:topk-softmax", "loss:load-balance"),
+        check="tests/nn/test_chain_of_experts.py",
+        evidence="evidence/chain_of_experts.json",
+        use_when=(
+            "A sparse mixture is trained from scratch and depth is worth more than latency: the "
+            "same experts, fewer at a time, build on each other's output. It gives nothing where "
+            "all experts are chosen anyway."
+        ),
+        cost=(
+            "Iterations times k experts for a token, and as many runs of what is shared; one more "
+            "router, N D weights, for each iteration. The iterations wait for each other, and "
+            "with expert parallelism each has its own exchange."
+        ),
+        traps=(
+            "K is the total in the paper's formula and that of one iteration in its code; here "
+            "top_k is that of one iteration.",
+            "A shared expert runs in every iteration: compare calls of experts and not only k.",
+            "The released code replaces the residual stream by its normalised copy in every "
+            "layer, which hurts deep models. Here the decoder's residual stays.",
+            "With one router for all iterations the published gain turns into a loss.",
+        ),
+        example=(
+            "import torch",
+            "from moesaic import LayerConfig, MoELayer",
+            "",
+            "config = LayerConfig(",
+            '    num_experts=16, width=32, router="topk-softmax",',
+            '    router_options={"top_k": 2, "renormalize": False},',
+            '    iterations=2, iteration_residual="change",',
+            ")",
+            "MoELayer(64, config)(torch.randn(2, 5, 64))",
         ),
     ),
     System(
@@ -196,6 +303,37 @@ SYSTEMS = (
         summary=(
             "Picks experts at random and makes them interchangeable with a consistency loss; "
             "there is no router."
+        ),
+        status="works",
+        uses=("router:stochastic", "loss:consistency"),
+        check="tests/nn/test_thor.py",
+        evidence="evidence/thor.json",
+        use_when=(
+            "Routing must cost and learn nothing and load must be even by chance: one expert for a "
+            "token, any of which will do, or their mean. Not where experts should specialise."
+        ),
+        cost=(
+            "Two passes in each training step, each at the work of the dense model, whatever the "
+            "number of experts; one expert for a token afterwards. No router weights."
+        ),
+        traps=(
+            "The released code draws by position where it means by sentence, and computes all "
+            "experts in evaluation; here a sequence keeps its draw and only drawn experts run.",
+            "The consistency is a mean over tokens, as the language loss is: a coefficient of sums "
+            "over one of the two does not carry over.",
+            "Draws by token come from torch's global generator: evaluation repeats only when it is "
+            "seeded.",
+            "In training the loss of the model holds the language loss of both passes.",
+        ),
+        example=(
+            "import torch",
+            "from moesaic import LayerConfig, MoELayer",
+            "",
+            "config = LayerConfig(",
+            '    num_experts=4, width=32, router="stochastic",',
+            '    router_options={"evaluation": "sequence"},',
+            ")",
+            "MoELayer(64, config).eval()(torch.randn(2, 5, 64))",
         ),
     ),
     System(

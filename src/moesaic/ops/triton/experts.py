@@ -29,6 +29,7 @@ _ACTIVATIONS = {
     "relu2": "relu2",
     "silu": "silu",
     "swish": "silu",
+    "tanh": "tanh",
 }
 # float64 is there to hold gradients to 1e-10; no GPU is fast at it.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -33,6 +33,10 @@ def _activate(x, ACT: tl.constexpr):
         share = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
         value = x * share
         slope = share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif ACT == "tanh":
+        # tanh(x) = 2 sigmoid(2 x) - 1; the bound keeps exp from overflowing.
+        value = 2.0 / (1.0 + tl.exp(-tl.maximum(2.0 * x, -80.0))) - 1.0
+        slope = 1.0 - value * value
     else:
         # x * sigmoid(inner(x)): tanh(u) = 2 sigmoid(2 u) - 1 makes one family of the three.
         if ACT == "silu":
