@@ -75,14 +75,15 @@ class _NoRaise(urllib.request.HTTPErrorProcessor):
 def test_a_full_server_says_so_and_takes_requests_again(mosaic):
     with running(mosaic, queue=1) as server, server.client() as client:
         with held(server) as go:
-            streams = [client.chat.completions.create(**ASK, stream=True) for _ in range(5)]
+            streams = [client.chat.completions.create(**ASK, stream=True)]
+            # Those that come during its step are taken in after it.
+            until(lambda: server.served.worker.batch.num_running == 1)
+            streams += [client.chat.completions.create(**ASK, stream=True) for _ in range(4)]
             with pytest.raises(openai.RateLimitError, match="as many requests as it takes") as info:
                 client.chat.completions.create(**ASK)
             assert info.value.response.headers["retry-after"] == "1"
             assert info.value.code == "server_busy"
             assert (status_of(server, "/ready"), status_of(server, "/health")) == (503, 200)
-            # Those that came during the step are taken in after it.
-            until(lambda: server.served.worker.batch.num_running == 1)
             assert metric(server, "moesaic_running_sequences") == 1
             assert metric(server, "moesaic_waiting_sequences") == 4
             go.set()
@@ -121,7 +122,7 @@ def test_a_request_may_not_take_for_ever(mosaic):
         assert (info.value.status_code, info.value.code) == (503, "timeout")
         with pytest.raises(openai.APIError, match="took longer than this server lets it"):
             list(client.chat.completions.create(**ASK, stream=True))
-        assert server.served.worker.num_present == 0
+        until(lambda: server.served.worker.num_present == 0)
 
 
 def test_bodies_have_a_size(mosaic):

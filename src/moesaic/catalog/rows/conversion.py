@@ -62,8 +62,8 @@ SYSTEMS = (
         check="tests/nn/test_union_of_experts.py",
         evidence="evidence/union_of_experts.json",
         use_when=(
-            "Experts should each see their share of every sequence, attention heads among them. Not "
-            "for decoding token by token: a share below one looks at later tokens."
+            "Experts should each see their share of every sequence, attention heads among them. "
+            "Not for decoding token by token: a share below one looks at later tokens."
         ),
         cost=(
             "With a capacity of 1 that of top-k. Attention whose heads are experts computes and "

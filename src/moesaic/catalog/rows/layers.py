@@ -224,8 +224,9 @@ SYSTEMS = (
             "balance loss that looks satisfied. Not where k is a fair part of the experts."
         ),
         cost=(
-            "More experts per token in a few layers for most of the training, nothing in evaluation "
-            "and no weights. The loss and the loads of those layers jump for a while at the switch."
+            "More experts per token in a few layers for most of the training, nothing in "
+            "evaluation and no weights. The loss and the loads of those layers jump for a while at "
+            "the switch."
         ),
         traps=(
             "With k = 1 a softmax after the choice gives a weight of one and teaches the router "
@@ -269,9 +270,9 @@ SYSTEMS = (
             "starts badly."
         ),
         cost=(
-            "Training begins dense: every expert runs until the splits have decided, and during the "
-            "search whatever the router. The search adds up to 150 rounds over an E x E matrix and "
-            "an assignment of E cubed steps to every step."
+            "Training begins dense: every expert runs until the splits have decided, and during "
+            "the search whatever the router. The search adds up to 150 rounds over an E x E matrix "
+            "and an assignment of E cubed steps to every step."
         ),
         traps=(
             "Too large an entropy coefficient freezes trees before they are good; a decided split "
@@ -373,9 +374,9 @@ SYSTEMS = (
             "in common."
         ),
         cost=(
-            "Groups of N experts have fewer weights where the model is wider than an expert by more "
-            "than N / (N - 1). One more product per token and group; the decode engine and stock "
-            "formats take the factors multiplied out."
+            "Groups of N experts have fewer weights where the model is wider than an expert by "
+            "more than N / (N - 1). One more product per token and group; the decode engine and "
+            "stock formats take the factors multiplied out."
         ),
         traps=(
             "A factorisation that is best for the weights is not best for outputs: measure those.",
