@@ -224,8 +224,8 @@ SYSTEMS = (
             "balance loss that looks satisfied. Not where k is a fair part of the experts."
         ),
         cost=(
-            "More experts per token in a few layers for most of the training, nothing in evaluation "
-            "and no weights. The loss and the loads of those layers jump for a while at the switch."
+            "More experts per token in a few layers for most of the training, nothing in "
+            "evaluation and no weights. The loss and the loads of those layers jump for a while at the switch."
         ),
         traps=(
             "With k = 1 a softmax after the choice gives a weight of one and teaches the router "
@@ -269,8 +269,8 @@ SYSTEMS = (
             "starts badly."
         ),
         cost=(
-            "Training begins dense: every expert runs until the splits have decided, and during the "
-            "search whatever the router. The search adds up to 150 rounds over an E x E matrix and "
+            "Training begins dense: every expert runs until the splits have decided, and during "
+            "the search whatever the router. The search adds up to 150 rounds over an E x E matrix and "
             "an assignment of E cubed steps to every step."
         ),
         traps=(

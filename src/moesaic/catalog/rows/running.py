@@ -31,12 +31,12 @@ SYSTEMS = (
         ),
         cost=(
             "At first every expert runs for every token, E times the work; it falls with the "
-            "temperature to one expert, as in evaluation. The networks take as much memory as there "
-            "are copies."
+            "temperature to one expert, as in evaluation. The networks take as much memory as "
+            "there are copies."
         ),
         traps=(
-            "Training mixes several experts and evaluation uses one: leave a good part of the steps "
-            "after `soft_steps`.",
+            "Training mixes several experts and evaluation uses one: leave a good part of the "
+            "steps after `soft_steps`.",
             "With `weight: softmax` a single expert may weigh little more than 1 / E, and outputs "
             "shrink as the gate grows sparse; the noisy weights sharpen with it.",
             "Copies that are alike, with equal scores, learn alike under a dense gate: mask them, "
