@@ -4,6 +4,7 @@ A page asks for them with a comment on a line of its own:
 `<!-- methods: router -->` lists one family and documents each method from its source;
 `<!-- systems -->` lists the published systems, `<!-- architectures -->` the decoders that can be
 converted, `<!-- commands -->` the commands, `<!-- speeds -->` the committed speeds of networks and
+`<!-- runtimes -->` those of one model in several runtimes;
 `<!-- comparison -->` the committed comparison of methods and `<!-- leaderboard -->` that of
 architectures; `<!-- evidence -->` shows the committed results of working systems and
 `<!-- dsmoe -->` the tables of the one for DSMoE; `<!-- choices -->` says of each working system
@@ -27,8 +28,8 @@ from moesaic import catalog
 
 _METHODS = re.compile(r"^<!-- methods: ([a-z-]+) -->$", re.MULTILINE)
 _LIST = re.compile(
-    r"^<!-- (systems|architectures|commands|speeds|comparison|leaderboard|evidence|dsmoe|choices)"
-    r" -->$",
+    r"^<!-- (systems|architectures|commands|speeds|runtimes|comparison|leaderboard|evidence|dsmoe"
+    r"|choices) -->$",
     re.MULTILINE,
 )
 # How far from the physical limit a network may be at most, by tokens in a call, at the shapes whose
@@ -70,6 +71,7 @@ def render(markdown: str) -> str:
         "architectures": _architectures,
         "commands": _commands,
         "speeds": _speeds,
+        "runtimes": _runtimes,
         "comparison": lambda: _report("quality"),
         "leaderboard": lambda: _report("architectures"),
         "evidence": _evidence,
@@ -206,6 +208,30 @@ def _speeds() -> str:
             ),
         ]
     return "\n\n".join(sections)
+
+
+def _runtimes() -> str:
+    """Tabulate the committed result of `moesaic bench runtimes`."""
+    path = _PACKAGE.parents[1] / "bench" / "results" / "runtimes-smollm2.json"
+    result = json.loads(path.read_text("utf-8"))
+    machine, (cell,) = result["machine"], result["cells"]
+    several = str(cell["requests"])
+    lines = [
+        f"`{path.name}`: {machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}, "
+        f"{cell['dtype']}, commit {result['commit']}.",
+        "",
+        f"| runtime | model | perplexity | tokens as ours | tokens/s, 1 | tokens/s, {several} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in cell["rows"]:
+        name = f"| {row['runtime']} | {row['model']} |"
+        if "skipped" in row:
+            lines.append(f"{name} {row['skipped']} | | | |")
+            continue
+        one, many = (row["tokens_per_s"][n]["median"] for n in ("1", several))
+        same = row["same_as_ours"]["tokens"]
+        lines.append(f"{name} {row['perplexity']:.2f} | {same:.0%} | {one:.1f} | {many:.1f} |")
+    return "\n".join(lines)
 
 
 def _report(name: str) -> str:

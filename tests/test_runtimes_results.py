@@ -1,0 +1,40 @@
+"""The committed table of runtimes: all there, agreeing, and ours not slower than transformers."""
+
+import json
+
+from test_house import ROOT, hooks
+
+RESULT = json.loads((ROOT / "bench" / "results" / "runtimes-smollm2.json").read_text())
+(CELL,) = RESULT["cells"]
+ROWS = {(row["runtime"], row["model"]): row for row in CELL["rows"]}
+
+
+def test_every_runtime_ran_all_that_it_can_hold():
+    runtimes = ("transformers", "moesaic", "vllm", "llama.cpp")
+    models = ("dense", "fixed k", "variable k")
+    assert set(ROWS) == {(runtime, model) for runtime in runtimes for model in models}
+    skipped = {key for key, row in ROWS.items() if "skipped" in row}
+    assert skipped == {("llama.cpp", "variable k")}
+    assert "-dirty" not in RESULT["commit"]
+
+
+def test_runtimes_agree():
+    for (_, model), row in ROWS.items():
+        if "skipped" not in row:
+            ours = ROWS["moesaic", model]["perplexity"]
+            assert abs(row["perplexity"] / ours - 1) < 0.01
+            # llama.cpp's attention rounds to float16, so near ties fall otherwise now and then.
+            assert row["same_as_ours"]["tokens"] >= 0.75
+
+
+def test_ours_is_the_fastest_for_one_request_and_for_several():
+    for (_, model), row in ROWS.items():
+        for requests in () if "skipped" in row else row["tokens_per_s"]:
+            ours = ROWS["moesaic", model]["tokens_per_s"][requests]["median"]
+            assert row["tokens_per_s"][requests]["median"] <= ours
+
+
+def test_the_page_shows_it():
+    page = hooks.render("<!-- runtimes -->")
+    for runtime, model in ROWS:
+        assert f"| {runtime} | {model} |" in page
