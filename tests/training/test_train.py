@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -160,6 +161,19 @@ def test_a_line_cut_by_a_kill_is_written_again(tmp_path):
         handle.write('{"step": 5, "to')
     again, resumed = train(start(), make_text(), settings(), tmp_path / "cut")
     assert resumed["log"] == results["log"]
+    same_state(again, whole)
+
+
+@pytest.mark.parametrize("left", ["", '{"global_step": 4, "ep'])
+def test_a_checkpoint_cut_by_a_kill_is_passed_over(left, tmp_path):
+    whole, results = train(start(), make_text(), settings(), tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(start(), make_text(), settings(), tmp_path / "cut", Watch(3 * 2 * BLOCK - 1))
+    (newest,) = (tmp_path / "cut").glob("checkpoint-*")
+    shutil.copytree(newest, newest.with_name("checkpoint-4"))
+    newest.with_name("checkpoint-4").joinpath("trainer_state.json").write_text(left)
+    again, resumed = train(start(), make_text(), settings(), tmp_path / "cut")
+    assert resumed == results
     same_state(again, whole)
 
 

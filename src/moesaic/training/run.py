@@ -263,10 +263,18 @@ def _checkpoint_bytes(model: PreTrainedModel) -> int:
 
 def _last_checkpoint(directory: Path) -> str | None:
     """The newest checkpoint that was written to its end."""
-    whole = [p for p in directory.glob("checkpoint-*") if (p / _WHOLE).is_file()]
+    whole = [path for path in directory.glob("checkpoint-*") if _is_whole(path)]
     if not whole:
         return None
     return str(max(whole, key=_step_of))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether its last file is there to the last brace; a killed run may leave an empty one."""
+    try:
+        return isinstance(json.loads((checkpoint / _WHOLE).read_text("utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _step_of(checkpoint: Path) -> int:
