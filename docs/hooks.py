@@ -4,7 +4,7 @@ A page asks for them with a comment on a line of its own:
 `<!-- methods: router -->` lists one family and documents each method from its source;
 `<!-- systems -->` lists the published systems, `<!-- architectures -->` the decoders that can be
 converted, `<!-- commands -->` the commands, `<!-- speeds -->` the committed speeds of networks and
-`<!-- runtimes -->` those of one model in several runtimes;
+`<!-- runtimes -->` those of one model in several runtimes, `<!-- gguf -->` those of GGUF files;
 `<!-- comparison -->` the committed comparison of methods and `<!-- leaderboard -->` that of
 architectures; `<!-- evidence -->` shows the committed results of working systems and
 `<!-- dsmoe -->` the tables of the one for DSMoE; `<!-- choices -->` says of each working system
@@ -28,8 +28,8 @@ from moesaic import catalog
 
 _METHODS = re.compile(r"^<!-- methods: ([a-z-]+) -->$", re.MULTILINE)
 _LIST = re.compile(
-    r"^<!-- (systems|architectures|commands|speeds|runtimes|comparison|leaderboard|evidence|dsmoe"
-    r"|choices) -->$",
+    r"^<!-- (systems|architectures|commands|speeds|runtimes|gguf|comparison|leaderboard|evidence"
+    r"|dsmoe|choices) -->$",
     re.MULTILINE,
 )
 # How far from the physical limit a network may be at most, by tokens in a call, at the shapes whose
@@ -72,6 +72,7 @@ def render(markdown: str) -> str:
         "commands": _commands,
         "speeds": _speeds,
         "runtimes": _runtimes,
+        "gguf": _gguf,
         "comparison": lambda: _report("quality"),
         "leaderboard": lambda: _report("architectures"),
         "evidence": _evidence,
@@ -231,6 +232,29 @@ def _runtimes() -> str:
         one, many = (row["tokens_per_s"][n]["median"] for n in ("1", several))
         same = row["same_as_ours"]["tokens"]
         lines.append(f"{name} {row['perplexity']:.2f} | {same:.0%} | {one:.1f} | {many:.1f} |")
+    return "\n".join(lines)
+
+
+def _gguf() -> str:
+    """Tabulate the committed result of `moesaic bench gguf`."""
+    path = _PACKAGE.parents[1] / "bench" / "results" / "gguf-llama-1.1b.json"
+    result = json.loads(path.read_text("utf-8"))
+    machine, cells = result["machine"], result["cells"]
+    lines = [
+        f"`{path.name}`: {machine['cpu']}, {machine['threads']} threads, commit {result['commit']}; "
+        f"{cells[0]['active']:.3g} of {cells[0]['experts']} blocks active.",
+        "",
+        "| weights | test | dense tokens/s | mosaic tokens/s | times faster |",
+        "|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        rows = {row["method"]: row for row in cell["rows"]}
+        dense, ours = rows["dense"], rows["moesaic"]
+        lines.append(
+            f"| {cell['weights']} | {cell['test']} of {cell['tokens']} tokens | "
+            f"{dense['tokens_per_s']:.1f} | {ours['tokens_per_s']:.1f} | "
+            f"{ours['faster_than_dense']:.2f} |"
+        )
     return "\n".join(lines)
 
 
