@@ -241,8 +241,8 @@ def _gguf() -> str:
     result = json.loads(path.read_text("utf-8"))
     machine, cells = result["machine"], result["cells"]
     lines = [
-        f"`{path.name}`: {machine['cpu']}, {machine['threads']} threads, commit {result['commit']}; "
-        f"{cells[0]['active']:.3g} of {cells[0]['experts']} blocks active.",
+        f"`{path.name}`: {machine['cpu']}, {machine['threads']} threads, commit "
+        f"{result['commit']}; {cells[0]['active']:.3g} of {cells[0]['experts']} blocks active.",
         "",
         "| weights | test | dense tokens/s | mosaic tokens/s | times faster |",
         "|---|---|---|---|---|",
