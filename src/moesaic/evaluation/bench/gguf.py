@@ -17,17 +17,15 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from moesaic._config import to_plain
 from moesaic._errors import InputError, RunError
 from moesaic._files import require_space
 from moesaic._progress import SILENT, Progress
 from moesaic.evaluation.bench import llama_cpp
 from moesaic.evaluation.bench.cell import DENSE, OURS, document, require_memory, use_threads
 from moesaic.evaluation.bench.models import SHAPES
-from moesaic.models.architectures import architecture_of
 from moesaic.models.export._base import FormatConfig
 from moesaic.models.export.gguf import Gguf
-from moesaic.models.modeling import moesaic_classes
+from moesaic.models.mixture import fresh_mixture
 from moesaic.nn.layer import LayerConfig
 
 Weights = Literal["F32", "BF16", "Q8_0", "Q4_0"]
@@ -237,9 +235,6 @@ def _mosaic(config: GgufConfig) -> PreTrainedModel:
         router="sigmoid-top-k",
         router_options={"top_k": round(config.active * config.experts) - 1},
     )
-    values = {k: v for k, v in llama.to_dict().items() if k != "model_type"}
-    moesaic = {"layers": [to_plain(layer)] * llama.num_hidden_layers, "losses": {}}
-    classes: Any = moesaic_classes(architecture_of("llama"))
-    config_class, model_class = classes
-    model: PreTrainedModel = model_class(config_class(**values, moesaic=moesaic)).eval()
-    return model
+    made = fresh_mixture(llama, [layer] * llama.num_hidden_layers, {})
+    made.eval()
+    return made
