@@ -34,7 +34,7 @@ from moesaic.compression.sparsity.teal import (
 from moesaic.evaluation import evaluate_perplexity
 from moesaic.models import checkpoint
 from moesaic.models.ffn import FFN
-from moesaic.nn.experts.thresholded import keep_large
+from moesaic.ops.weights import keep_large
 from moesaic.nn.layer import moe_layers
 
 LLAMA = Case("llama", {})
@@ -190,7 +190,7 @@ def test_output_is_the_dense_model_with_small_values_gone(case, allocation, tmp_
         used = 1 - share[0] * gone[0] - share[1] * gone[1]
         # The neurons of a rectifier are zero by themselves.
         assert used <= 0.61
-        assert float(moe.shared.used_T(h_TD).mean()) == pytest.approx(used)
+        assert float(moe.shared.used_TE(h_TD).mean()) == pytest.approx(used)
         if allocation == "uniform" and case.model_type != "opt":
             assert gone == pytest.approx([0.4, 0.4], abs=5e-3)
 

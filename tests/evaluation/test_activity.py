@@ -93,7 +93,7 @@ def test_thresholds_are_measured_token_by_token(blocks):
     ids = torch.from_numpy(blocks.ids_NS).long()
     seen = []
     handles = [
-        layer.shared.register_forward_hook(lambda m, args, out: seen.append(m.used_T(args[0])))
+        layer.shared.register_forward_hook(lambda m, args, out: seen.append(m.used_TE(args[0]).mean(1)))
         for layer in moe_layers(model)
     ]
     with torch.no_grad(), record_use(model) as uses:

@@ -9,7 +9,8 @@ from nn_cases import tokens
 
 from moesaic.nn.experts._base import ExpertsConfig
 from moesaic.nn.experts._table import EXPERTS
-from moesaic.nn.experts.thresholded import Thresholded, keep_large
+from moesaic.nn.experts.thresholded import Thresholded
+from moesaic.ops.weights import keep_large
 from moesaic.nn.layer import LayerConfig, MoELayer
 from moesaic.nn.routing import Routing
 
@@ -93,7 +94,7 @@ def test_thresholds_of_zero_change_no_bit(name, bias):
     # The same names, so that a dense network's weights load into either.
     other.load_state_dict({k: v for k, v in experts.state_dict().items() if "threshold" not in k})
     assert torch.equal(experts.dense(h_TD), other.dense(h_TD))
-    assert experts.used_T(h_TD).tolist() == [1.0] * T
+    assert experts.used_TE(h_TD).tolist() == [1.0] * T
 
 
 @each_kind
@@ -104,7 +105,7 @@ def test_use_is_what_the_products_need(name, bias):
     # Every kept input is read by all rows of gate and up, every kept neuron by D rows of down.
     rows = 2 * F if name == "thresholded-gated" else F
     read_T = (x_TD != 0).sum(1) * rows * E + (a_TEF != 0).sum((1, 2)) * D
-    used_T = experts.used_T(h_TD)
+    used_T = experts.used_TE(h_TD)
     assert used_T.dtype == torch.float64
     torch.testing.assert_close(used_T, read_T.double() / (E * D * (rows + F)))
     assert len(used_T.unique()) > 10
@@ -121,7 +122,7 @@ def test_use_by_hand():
     h_TD = torch.tensor([[3.0, 2.0], [3.0, 0.5], [1.2, -0.9], [0.5, -1.0]])
     # Kept inputs 2, 2 x 1, 1, 0; neurons 25 * sigmoid(5), 9 * sigmoid(3), 1.44 * sigmoid(1.2) < 2
     # and 0. Of 6 weights are read: 2 x 2 + 2, 2 x 1 + 2, 2 x 1 and none.
-    assert experts.used_T(h_TD).tolist() == pytest.approx([1.0, 4 / 6, 2 / 6, 0.0])
+    assert experts.used_TE(h_TD).tolist() == pytest.approx([1.0, 4 / 6, 2 / 6, 0.0])
     first = 25 / (1 + torch.exp(torch.tensor(-5.0)))
     second = 9 / (1 + torch.exp(torch.tensor(-3.0)))
     expected = torch.stack([first, second, torch.tensor(0.0), torch.tensor(0.0)])
@@ -143,10 +144,10 @@ def test_gradient_passes_what_is_kept_and_nothing_else(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_lower_precision_keeps_dtype_and_use(name, dtype):
     experts, h_TD = make(name), tokens(T, dtype=torch.float64)
-    exact_T = experts.used_T(h_TD)
+    exact_T = experts.used_TE(h_TD)
     lower = experts.to(dtype)
     assert lower(h_TD.to(dtype)).dtype == dtype
-    assert float((lower.used_T(h_TD.to(dtype)) - exact_T).abs().mean()) < 0.01
+    assert float((lower.used_TE(h_TD.to(dtype)) - exact_T).abs().mean()) < 0.01
 
 
 @each_kind

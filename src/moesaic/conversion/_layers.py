@@ -103,16 +103,17 @@ class Cut:
         return order_F
 
 
-def expert_layer(ffn: FFN, **values: Any) -> LayerConfig:
+def expert_layer(ffn: FFN, *, prefix: str = "", **values: Any) -> LayerConfig:
     """Describe a layer whose experts are of the network's kind.
 
     Args:
         ffn: The dense network.
+        prefix: Of the kind's name, such as "thresholded-".
         **values: Fields of `LayerConfig` that the method chooses.
     """
     values.setdefault("output_bias", ffn.down_bias_D is not None)
     return LayerConfig(
-        experts="plain" if ffn.gate_FD is None else "gated",
+        experts=prefix + ("plain" if ffn.gate_FD is None else "gated"),
         activation=ffn.activation,
         bias=ffn.up_bias_F is not None,
         **values,

@@ -1,8 +1,7 @@
 """Fit the down product of a layer to what its blocks should give together: ridge regression.
 
-Ours. Once it is known which blocks a token has on, the layer's output is linear in the down
-product, and least squares moves it to where the blocks that are on make up for those that are off,
-as SparseGPT (arXiv 2301.00774) does for weights that are removed. All blocks together are then no
+Ours. Once it is known which neurons a token uses, the layer's output is linear in the down product, and
+least squares moves it to where they make up for those that are left out, as SparseGPT (arXiv 2301.00774) does for weights that are removed. All blocks together are then no
 longer the network that they were cut from.
 
 Shapes: B tokens, M neurons of all blocks together, E experts, F width of one expert, D model width.
@@ -45,6 +44,6 @@ def fit_down(experts: Experts, errors: BlockErrors, tokens_B: Tensor, weights_BE
     ridge_M = _RIDGE * num_neurons / len(tokens_B) * squares_M + 1e-6 * squares_M.mean() + 1e-30
     factor_MM = torch.linalg.cholesky(gram_MM.double() + torch.diag(ridge_M))
     move_MD = torch.cholesky_solve(cross_MD.double(), factor_MM).float()
+    errors.down_MD = errors.down_MD + move_MD
     down_EDF = experts.weights().down
     down_EDF.add_(move_MD.view(len(down_EDF), -1, dim).transpose(1, 2).to(down_EDF.dtype))
-    errors.move_MD = move_MD

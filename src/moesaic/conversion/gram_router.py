@@ -28,6 +28,7 @@ from moesaic.calibration.collectors import block_neurons
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.routers._base import linear_scores
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
+from moesaic.ops.weights import ExpertWeights
 
 # Active fractions at which a fitted router is measured.
 FRACTIONS = tuple(round(0.05 * step, 2) for step in range(2, 21))
@@ -90,7 +91,6 @@ class BlockErrors:
         own_TE: Squared length of every block's output, scaled, [T, E].
         scale_T1: What a squared error counts, [T, 1].
         down_MD: Down product of the M neurons of all blocks, [M, D].
-        move_MD: By how much it was moved since, [M, D]; none if it was not.
     """
 
     @torch.no_grad()
@@ -98,13 +98,12 @@ class BlockErrors:
         weights = experts.weights()
         down_EFD = weights.down.float().transpose(1, 2).contiguous()
         self.down_MD = down_EFD.flatten(0, 1)
-        self.move_MD: Tensor | None = None
         self.bias_ED = None if weights.down_bias is None else weights.down_bias.float()
         # The squared length of a block's output, from its neurons alone.
         gram_EFF = torch.bmm(down_EFD, down_EFD.transpose(1, 2))
-        neurons, own, energy = [], [], []
-        for h_BD in h_TD.split(_BATCH):
-            a_BEF = block_neurons(h_BD.to(weights.up.dtype), weights)
+        self._a_TEF = _neurons(h_TD, weights)
+        outputs, own = [], []
+        for a_BEF in self._a_TEF.split(_BATCH):
             a_EBF = a_BEF.transpose(0, 1)
             along_EBF = torch.bmm(a_EBF, gram_EFF)
             y_BD = a_BEF.flatten(1) @ self.down_MD
@@ -114,12 +113,22 @@ class BlockErrors:
             own_BE = (along_EBF * a_EBF).sum(2).T
             if self.bias_ED is not None:
                 own_BE = own_BE + self.bias_ED.square().sum(1)
-            neurons.append(a_BEF)
             own.append(own_BE)
-            energy.append(y_BD.square().sum(1))
-        self._a_TEF = torch.cat(neurons)
-        self.scale_T1 = token_scale(torch.cat(energy))
+            outputs.append(y_BD)
+        # What all blocks give together, whatever becomes of them.
+        self._y_TD = torch.cat(outputs)
+        self.scale_T1 = token_scale(self._y_TD.square().sum(1))
         self.own_TE = torch.cat(own) * self.scale_T1
+
+    @torch.no_grad()
+    def see(self, h_TD: Tensor, experts: Experts) -> None:
+        """Take the neurons as changed experts give them; what they are held to stays.
+
+        Args:
+            h_TD: The inputs, [T, D].
+            experts: The same blocks with other thresholds.
+        """
+        self._a_TEF = _neurons(experts.cut_inputs(h_TD), experts.weights())
 
     @torch.no_grad()
     def missing(self, tokens_B: Tensor, weights_BE: Tensor) -> Tensor:
@@ -130,16 +139,11 @@ class BlockErrors:
             weights_BE: Weight of every block, [B, E].
         """
         parts = self.batches(tokens_B, weights_BE)
-        return torch.cat([self._missing(self._a_TEF[tokens], part) for tokens, part in parts])
+        return torch.cat([self._missing(tokens, part) for tokens, part in parts])
 
-    def _missing(self, a_BEF: Tensor, weights_BE: Tensor) -> Tensor:
-        gap_BE = 1 - weights_BE
-        r_BD = _weighted(a_BEF, gap_BE) @ self.down_MD
-        if self.bias_ED is not None:
-            r_BD += gap_BE @ self.bias_ED
-        if self.move_MD is not None:
-            r_BD -= _weighted(a_BEF, weights_BE) @ self.move_MD
-        return r_BD
+    def _missing(self, tokens_B: Tensor, weights_BE: Tensor) -> Tensor:
+        r_BD = self._y_TD[tokens_B] - self.weighted(tokens_B, weights_BE) @ self.down_MD
+        return r_BD if self.bias_ED is None else r_BD - weights_BE @ self.bias_ED
 
     def weighted(self, tokens_B: Tensor, weights_BE: Tensor) -> Tensor:
         """Neurons, each times the weight of its block, [B, M].
@@ -148,7 +152,7 @@ class BlockErrors:
             tokens_B: Which tokens, [B] int64.
             weights_BE: Weight of every block, [B, E].
         """
-        return _weighted(self._a_TEF[tokens_B], weights_BE)
+        return (self._a_TEF[tokens_B] * weights_BE.unsqueeze(2)).flatten(1)
 
     @staticmethod
     def batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -178,7 +182,7 @@ class BlockErrors:
             on_BE: Which blocks are on, [B, E] bool.
         """
         a_BEF = self._a_TEF[tokens_B]
-        r_BD = self._missing(a_BEF, on_BE.to(a_BEF.dtype))
+        r_BD = self._missing(tokens_B, on_BE.to(a_BEF.dtype))
         along_BEF = (r_BD @ self.down_MD.T).view_as(a_BEF)
         along_BE = along_BEF.mul_(a_BEF).sum(2)
         if self.bias_ED is not None:
@@ -189,9 +193,10 @@ class BlockErrors:
         return saved_BE + torch.where(on_BE, own_BE, -own_BE)
 
 
-def _weighted(a_BEF: Tensor, weights_BE: Tensor) -> Tensor:
-    """Neurons of all blocks side by side, each times the weight of its block."""
-    return (a_BEF * weights_BE.unsqueeze(2)).flatten(1)
+def _neurons(h_TD: Tensor, weights: ExpertWeights) -> Tensor:
+    """Neurons of all blocks, [T, E, F]."""
+    parts = (block_neurons(h_BD.to(weights.up.dtype), weights) for h_BD in h_TD.split(_BATCH))
+    return torch.cat(list(parts))
 
 
 def fit_router(

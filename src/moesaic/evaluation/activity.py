@@ -3,9 +3,9 @@
 The active fraction is the weights of the feed-forward networks that a token uses over those of
 the dense parent's, so that cut models, pruned ones, thresholded ones and their parent compare. A
 neuron's weights are alike, so of a model that switches whole experts it is the active neurons over
-the dense ones; of an always-on part it is what that part itself says (`Experts.used_T`): all of an
-ordinary one, the weights that are not zero of a statically pruned one, those whose input is large
-of a thresholded one. The parameters of routers are no weights of the networks: they count in
+the dense ones. How much of an expert that is on, or of the part that always is, a token uses they
+say themselves (`Experts.used_TE`): all of ordinary ones, the weights that are not zero of statically
+pruned ones, those whose input is large of thresholded ones. The parameters of routers are no weights of the networks: they count in
 active parameters and FLOPs (`moesaic.evaluation.cost`), not here.
 
 Shapes: T tokens, E experts of one layer, L layers.
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,32 +37,45 @@ class LayerUse:
 
     Attributes:
         routings: Of every iteration of its router; none in a layer without.
-        shared_T: Share of the always-on part's weights that each token used, summed over
-            iterations, [T] float64; none in a layer without such a part.
+        experts_T: Experts' worth of routed weights that each token used, summed over iterations,
+            [T] float64; none in a layer without a router.
+        shared_T: Share of the always-on part's weights that each token used, likewise; none in a
+            layer without such a part.
     """
 
     routings: list[Routing] = field(default_factory=list)
+    experts_T: Tensor | None = None
     shared_T: Tensor | None = None
 
 
-def fixed_shares(model: nn.Module) -> list[float | None]:
-    """Share of the always-on part's weights that every token uses, of every MoE layer.
+class LayerShares(NamedTuple):
+    """Share of the weights that every token uses, of a layer's experts and its always-on part.
 
-    Reads all of these weights, to count what is zero. None where it depends on the token, or where
-    there is no such part.
+    None where it depends on the token, or where there is no such part.
     """
+
+    experts: float | None
+    shared: float | None
+
+
+def fixed_shares(model: nn.Module) -> list[LayerShares]:
+    """Find the shares of every MoE layer; this reads all weights, to count what is zero."""
     return [
-        None if layer.shared is None else layer.shared.used_share() for layer in moe_layers(model)
+        LayerShares(
+            None if layer.experts is None else layer.experts.used_share(),
+            None if layer.shared is None else layer.shared.used_share(),
+        )
+        for layer in moe_layers(model)
     ]
 
 
 @contextmanager
 def record_use(
-    model: nn.Module, shares: Sequence[float | None] | None = None
+    model: nn.Module, shares: Sequence[LayerShares] | None = None
 ) -> Iterator[list[LayerUse]]:
     """Collect what one forward uses of every MoE layer, first to last, while the block lasts.
 
-    An always-on part whose use depends on the token is asked with its own input, and computes its
+    Experts whose use depends on the token are asked with their own input, and compute their
     neurons a second time.
 
     Args:
@@ -78,10 +91,13 @@ def record_use(
     if shares is None:
         shares = fixed_shares(model)
     for layer, use, share in zip(layers, uses, shares, strict=True):
-        keep = partial(_keep_routing, use)
+        keep = partial(_keep_routing, use, share.experts)
         handles.extend(router.register_forward_hook(keep) for router in layer.routers())
+        if layer.experts is not None and share.experts is None:
+            handles.append(layer.experts.register_forward_hook(partial(_keep_experts, use)))
         if layer.shared is not None:
-            handles.append(layer.shared.register_forward_hook(partial(_keep_share, use, share)))
+            keep = partial(_keep_shared, use, share.shared)
+            handles.append(layer.shared.register_forward_hook(keep))
     try:
         yield uses
     finally:
@@ -89,15 +105,33 @@ def record_use(
             handle.remove()
 
 
-def _keep_routing(use: LayerUse, module: nn.Module, args: object, routing: Routing) -> None:
+def _keep_routing(
+    use: LayerUse, share: float | None, module: nn.Module, args: object, routing: Routing
+) -> None:
     use.routings.append(routing)
+    if share is not None:
+        use.experts_T = _add(use.experts_T, routing.active_T().double() * share)
 
 
-def _keep_share(
+def _keep_experts(
+    use: LayerUse, module: Experts, args: tuple[Any, ...], out: Tensor
+) -> None:
+    h_TD, routing = args[0], args[1]
+    if routing is not None:
+        used_TE = module.used_TE(h_TD) * routing.active_TE()
+        use.experts_T = _add(use.experts_T, used_TE.sum(1))
+
+
+def _keep_shared(
     use: LayerUse, share: float | None, module: Experts, args: tuple[Tensor, ...], out: Tensor
 ) -> None:
-    used_T = module.used_T(args[0]) if share is None else constant_share(args[0], share)
-    use.shared_T = used_T if use.shared_T is None else use.shared_T + used_T
+    h_TD = args[0]
+    used_T = module.used_TE(h_TD).mean(1) if share is None else constant_share(h_TD, share)
+    use.shared_T = _add(use.shared_T, used_T)
+
+
+def _add(total_T: Tensor | None, more_T: Tensor) -> Tensor:
+    return more_T if total_T is None else total_T + more_T
 
 
 def token_fractions(model: nn.Module, uses: Sequence[LayerUse], dense_width: int) -> Tensor:
@@ -114,8 +148,8 @@ def token_fractions(model: nn.Module, uses: Sequence[LayerUse], dense_width: int
         neurons_T: Tensor | float = shape.iterations * shape.bypass_width
         if use.shared_T is not None:
             neurons_T = neurons_T + use.shared_T * shape.shared_width
-        for routing in use.routings:
-            neurons_T = neurons_T + routing.active_T().double() * shape.width
+        if use.experts_T is not None:
+            neurons_T = neurons_T + use.experts_T * shape.width
         total_T = total_T + neurons_T / shape.dense_width
     assert isinstance(total_T, Tensor)
     return total_T / len(shapes)
@@ -130,6 +164,8 @@ class Activation:
         tokens: Tokens read, by domain.
         counts: Tokens for which each expert was on, by domain: per layer an [E] int64, in which
             every iteration counts.
+        experts: Sum over tokens of the experts' worth of weights that they used, by domain: one
+            per layer, over all iterations. Where experts are used whole it is the sum of `counts`.
         shared: Sum over tokens of the share of the always-on part's weights that they used, by
             domain, the mean over iterations: one per layer, 0 without such a part.
     """
@@ -137,6 +173,7 @@ class Activation:
     shapes: tuple[LayerShape, ...]
     tokens: Mapping[str, int]
     counts: Mapping[str, tuple[NDArray[np.int64], ...]]
+    experts: Mapping[str, tuple[float, ...]]
     shared: Mapping[str, tuple[float, ...]]
 
     def experts_per_layer(self) -> list[list[float]]:
@@ -153,7 +190,7 @@ class Activation:
         total = sum(self.tokens[name] for name in domains)
         return [
             shape.fraction(
-                sum(int(self.counts[name][i].sum()) for name in domains) / total,
+                sum(self.experts[name][i] for name in domains) / total,
                 sum(self.shared[name][i] for name in domains) / total,
             )
             for i, shape in enumerate(self.shapes)
@@ -189,6 +226,7 @@ class ActivityMeter:
         self._fixed = fixed_shares(model)
         self._tokens: dict[str, int] = {}
         self._counts: dict[str, list[NDArray[np.int64]]] = {}
+        self._experts: dict[str, list[float]] = {}
         self._shared: dict[str, list[float]] = {}
 
     @contextmanager
@@ -199,11 +237,14 @@ class ActivityMeter:
         if domain not in self._counts:
             self._tokens[domain] = 0
             self._counts[domain] = [np.zeros(s.num_candidates, np.int64) for s in self._shapes]
+            self._experts[domain] = [0.0 for _ in self._shapes]
             self._shared[domain] = [0.0 for _ in self._shapes]
         self._tokens[domain] += num_tokens
         for i, use in enumerate(uses):
             for routing in use.routings:
                 self._counts[domain][i] += routing.counts_E().to("cpu", torch.int64).numpy()
+            if use.experts_T is not None:
+                self._experts[domain][i] += float(use.experts_T.sum())
             if use.shared_T is not None:
                 self._shared[domain][i] += float(use.shared_T.sum()) / self._shapes[i].iterations
 
@@ -215,5 +256,6 @@ class ActivityMeter:
             shapes=self._shapes,
             tokens=dict(self._tokens),
             counts={name: tuple(layers) for name, layers in self._counts.items()},
+            experts={name: tuple(layers) for name, layers in self._experts.items()},
             shared={name: tuple(layers) for name, layers in self._shared.items()},
         )

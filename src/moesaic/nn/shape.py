@@ -23,6 +23,8 @@ class LayerShape:
         shared_width: Neurons that are always on.
         dense_width: Neurons of the dense parent's network.
         bypass_width: Neurons that have as many weights as the layer's bypass.
+        expected_share: Share of an expert's weights that a token uses where it is on, as what
+            leaves out some of them was set for.
         iterations: Times that the layer runs in a row. What runs several times counts as often.
         reuse: Layers whose experts it chooses among; E are its own.
     """
@@ -32,6 +34,7 @@ class LayerShape:
     shared_width: int
     dense_width: int
     bypass_width: float = 0.0
+    expected_share: float = 1.0
     iterations: int = 1
     reuse: int = 1
 
@@ -44,16 +47,22 @@ class LayerShape:
         """Weights in use over dense ones.
 
         Args:
-            active_experts: Experts that are on, over all iterations.
+            active_experts: Experts that are on, over all iterations; an expert of whose weights
+                only a part is in use counts as that part.
             shared: Share of the always-on experts' weights in use, mean over iterations.
         """
         always = self.iterations * (self.shared_width * shared + self.bypass_width)
         return (always + active_experts * self.width) / self.dense_width
 
+    def expected_fraction(self, active_experts: float) -> float:
+        """Weights in use over dense ones when experts that are on use what is expected of them."""
+        return self.fraction(active_experts * self.expected_share)
+
     def experts_on(self, fraction: float) -> float:
         """Share of the experts that an active fraction leaves room for, in [0, 1]."""
         room = fraction * self.dense_width / self.iterations - self.shared_width - self.bypass_width
-        return min(1.0, max(0.0, room / (self.num_experts * self.width)))
+        whole = self.num_experts * self.width * self.expected_share
+        return min(1.0, max(0.0, room / whole))
 
     def unused(self, fraction: float) -> float:
         """Neurons' worth of this layer's weights that are not in use at an active fraction."""
@@ -78,6 +87,7 @@ def layer_shape(layer: MoELayer, dense_width: int) -> LayerShape:
         shared_width=config.shared_width,
         dense_width=dense_width,
         bypass_width=bypass_width,
+        expected_share=1.0 if layer.experts is None else layer.experts.expected_share(),
         iterations=config.iterations,
         reuse=config.reuse,
     )

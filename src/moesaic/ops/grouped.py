@@ -50,7 +50,7 @@ def _apply_sorted(x_ND: Tensor, expert_N: Tensor, weights: ExpertWeights) -> Ten
     ends_E = counts_E.cumsum(0).to(torch.int32)
     z_NM = _grouped_mm(x_ND, weights.up, ends_E)
     z_NM = _add_bias(z_NM, weights.up_bias, expert_N)
-    y_ND = _grouped_mm(weights.activate(z_NM), weights.down, ends_E)
+    y_ND = _grouped_mm(weights.activate(z_NM, expert_N), weights.down, ends_E)
     return _add_bias(y_ND, weights.down_bias, expert_N)
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moesaic.ops.weights import ExpertWeights, activation
+from moesaic.ops.weights import ExpertWeights, Thresholds, activation
 
 # Neurons times tokens of one chunk. On a CPU the few tensors of this size that the elementwise
 # part makes stay in its cache; on other devices it only bounds their memory.
@@ -77,16 +77,30 @@ def _no_autocast(device: str) -> AbstractContextManager[object]:
 
 
 class _Rule(NamedTuple):
-    """How up products become neurons: a function of the gate rows times the up rows, or of all."""
+    """How up products become neurons: a function of the gate rows times the up rows, or of all.
+
+    With thresholds, what does not exceed its own is zero.
+    """
 
     function: Callable[[Tensor], Tensor]
     gated: bool
+    thresholds: Thresholds | None = None
 
     @classmethod
     def of(cls, weights: ExpertWeights) -> _Rule:
         if weights.glu is not None:
             return cls(weights.glu, gated=False)
-        return cls(activation(weights.activation), weights.gated)
+        return cls(activation(weights.activation), weights.gated, weights.thresholds)
+
+    def small(self, act_CTF: Tensor, neurons_CTF: Tensor, part: slice) -> Tensor | None:
+        """Where neurons of a chunk count as zero, [C, T, F] bool; none without thresholds."""
+        if self.thresholds is None:
+            return None
+        neuron_EF, gate_EF = self.thresholds
+        small_CTF = neurons_CTF.abs() <= neuron_EF[part].unsqueeze(1)
+        if gate_EF is not None:
+            small_CTF |= act_CTF.abs() <= gate_EF[part].unsqueeze(1)
+        return small_CTF
 
     def split(self, z_ERT: Tensor, part: slice) -> tuple[Tensor, ...]:
         """Views [C, T, F] of the gate rows and up rows of a chunk, or [C, T, R] of all."""
@@ -142,10 +156,15 @@ class _Masked(torch.autograd.Function):
         for part in _chunks(num_experts, width * num_tokens, h_TD.device):
             first_CTF, *up_CTF = rule.split(z_ERT, part)
             a_CTF = a_EFT[part].transpose(1, 2)
-            factors = [*up_CTF, *([] if scale_ET1 is None else [scale_ET1[part]])]
-            a_CTF.copy_(rule.function(first_CTF))
-            for factor in factors:
-                a_CTF.mul_(factor)
+            act_CTF = rule.function(first_CTF)
+            a_CTF.copy_(act_CTF)
+            if up_CTF:
+                a_CTF.mul_(up_CTF[0])
+            small_CTF = rule.small(act_CTF, a_CTF, part)
+            if small_CTF is not None:
+                a_CTF.masked_fill_(small_CTF, 0.0)
+            if scale_ET1 is not None:
+                a_CTF.mul_(scale_ET1[part])
         return a_EFT.flatten(0, 1).T @ down_EDF.transpose(1, 2).reshape(-1, dim)
 
     @staticmethod
@@ -174,6 +193,9 @@ def _gradients(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         first_CTF, *up_CTF = rule.split(z_ERT, part)
         act_CTF = rule.function(first_CTF)
         neurons_CTF = act_CTF * up_CTF[0] if up_CTF else act_CTF
+        small_CTF = rule.small(act_CTF, neurons_CTF, part)
+        if small_CTF is not None:
+            neurons_CTF = neurons_CTF.masked_fill(small_CTF, 0.0)
         down_CFD = down_EDF[part].transpose(1, 2)
         dout_CDT = dout_DT.expand(down_CFD.shape[0], dim, num_tokens)
         da_CTF = torch.bmm(down_CFD, dout_CDT).transpose(1, 2)
@@ -182,6 +204,8 @@ def _gradients(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
             torch.sum(along_CTF, -1, dtype=dscale_ET.dtype, out=dscale_ET[part])
         if scale_ET1 is not None:
             da_CTF.mul_(scale_ET1[part])
+        if small_CTF is not None:
+            da_CTF.masked_fill_(small_CTF, 0.0)
         if ddown_EDF is not None:
             a_CTF = neurons_CTF if scale_ET1 is None else neurons_CTF * scale_ET1[part]
             torch.bmm(dout_CDT, a_CTF, out=ddown_EDF[part])

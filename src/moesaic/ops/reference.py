@@ -33,7 +33,7 @@ def experts_reference(
         if token_N.numel() == 0:
             continue
         bias = None if weights.up_bias is None else weights.up_bias[expert]
-        a_NF = weights.activate(F.linear(h_TD[token_N], weights.up[expert], bias))
+        a_NF = weights.activate(F.linear(h_TD[token_N], weights.up[expert], bias), expert)
         bias = None if weights.down_bias is None else weights.down_bias[expert]
         y_ND = F.linear(a_NF, weights.down[expert], bias)
         weight_N1 = weights_TK[token_N, slot_N, None].to(out_TD.dtype)

@@ -62,6 +62,24 @@ class Packed(Protocol):
         ...
 
 
+class Thresholds(NamedTuple):
+    """Magnitudes that neurons must exceed; what does not counts as zero.
+
+    Attributes:
+        neuron_EF: Of a neuron, the input of the down product, [E, F].
+        gate_EF: Of a gate after its activation, [E, F]; none in plain experts. The up row of a gate
+            that is left out need not be read.
+    """
+
+    neuron_EF: Tensor
+    gate_EF: Tensor | None = None
+
+
+def keep_large(x: Tensor, threshold: Tensor | float) -> Tensor:
+    """Set to zero what does not exceed a threshold in magnitude; not-a-number stays visible."""
+    return x.masked_fill(x.abs() <= threshold, 0.0)
+
+
 class ExpertWeights(NamedTuple):
     """Weights of E experts and how they are applied.
 
@@ -75,6 +93,7 @@ class ExpertWeights(NamedTuple):
         down_bias: [E, D], or none; scaled by the slot's weight like the rest of the output.
         glu: Maps the up product of one expert to its neurons where no activation's name can.
         packed: The same weights once more, in the order in which the native CPU code reads them.
+        thresholds: What neurons must exceed, or none; of experts with an activation's name.
     """
 
     up: Tensor
@@ -85,6 +104,7 @@ class ExpertWeights(NamedTuple):
     down_bias: Tensor | None = None
     glu: Callable[[Tensor], Tensor] | None = None
     packed: Packed | None = None
+    thresholds: Thresholds | None = None
 
     @property
     def num_experts(self) -> int:
@@ -96,12 +116,23 @@ class ExpertWeights(NamedTuple):
         """F, the neurons of one expert."""
         return self.down.shape[2]
 
-    def activate(self, z: Tensor) -> Tensor:
-        """Map the up product [..., 2F] (or [..., F]) of one expert to its neurons [..., F]."""
+    def activate(self, z: Tensor, experts: Tensor | slice | int = slice(None)) -> Tensor:
+        """Map the up product to neurons.
+
+        Args:
+            z: [..., 2F] if gated, else [..., F].
+            experts: Which experts the axis before the last is of, or which one all of it is of;
+                all of them in order if not given. It matters where there are thresholds.
+
+        Returns:
+            [..., F].
+        """
         if self.glu is not None:
             return self.glu(z)
         act = activation(self.activation)
-        if not self.gated:
-            return act(z)
-        gate, up = z.chunk(2, dim=-1)
-        return act(gate) * up
+        gate, up = z.chunk(2, dim=-1) if self.gated else (z, None)
+        a = act(gate)
+        if self.thresholds is not None and self.thresholds.gate_EF is not None:
+            a = keep_large(a, self.thresholds.gate_EF[experts])
+        a = a if up is None else a * up
+        return a if self.thresholds is None else keep_large(a, self.thresholds.neuron_EF[experts])

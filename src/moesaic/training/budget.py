@@ -53,6 +53,8 @@ def active_fraction(
 ) -> list[float]:
     """Mean active fraction of each layer with a router, what is always on included.
 
+    Experts that leave out what is small count with what they are expected to use.
+
     Args:
         routings: Of every iteration of these layers, in one pass over the text or several.
         shapes: Of these layers.
@@ -65,7 +67,7 @@ def active_fraction(
         tokens = routing.ids_TK.shape[0] if mask_T is None else int(mask_T.sum())
         experts_on[index] += float(routing.counts_E(mask_T).sum()) / max(1, tokens)
     return [
-        shape.fraction(count / max(1, num_passes))
+        shape.expected_fraction(count / max(1, num_passes))
         for shape, count in zip(shapes, experts_on, strict=True)
     ]
 

@@ -33,7 +33,8 @@ from moesaic._progress import SILENT, Progress
 from moesaic.calibration.stats import CalibrationStats
 from moesaic.compression.pruning._base import Networks, check_active, check_measured
 from moesaic.models.ffn import FFN, fill_experts
-from moesaic.nn.experts.thresholded import Thresholded, keep_large
+from moesaic.nn.experts.thresholded import Thresholded
+from moesaic.ops.weights import keep_large
 
 # Tokens on which the greedy allocation measures its errors.
 _SAMPLE = 1024

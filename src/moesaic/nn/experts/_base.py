@@ -93,6 +93,10 @@ class Experts(nn.Module, ABC):
         """Sum all experts at weight one: the dense FFN, [T, D]."""
         return experts_masked(h_TD, None, self.weights())
 
+    def cut_inputs(self, h_TD: Tensor) -> Tensor:
+        """What the up product reads of the inputs, [T, D]: all, as a rule."""
+        return h_TD
+
     def own_weights(self) -> int:
         """Weights of the matrices of one expert that no other has."""
         weights = self.weights()
@@ -110,25 +114,29 @@ class Experts(nn.Module, ABC):
         count as one whole.
 
         Returns:
-            In [0, 1]; none where it depends on the token, so that only `used_T` knows.
+            In [0, 1]; none where it depends on the token, so that only `used_TE` knows.
         """
         weights = self.weights()
         total = weights.up.numel() + weights.down.numel()
         used = int(weights.up.count_nonzero()) + int(weights.down.count_nonzero())
         return 1.0 if used >= (1.0 - STRAY_ZEROS) * total else used / total
 
-    def used_T(self, h_TD: Tensor) -> Tensor:
-        """Share of the matrices' weights that each token uses when all experts are on.
+    def expected_share(self) -> float:
+        """Share of an expert's weights that a token uses where it is on, as budgets count it."""
+        return 1.0
+
+    def used_TE(self, h_TD: Tensor) -> Tensor:
+        """Share of each expert's weights that each token uses when it is on.
 
         Args:
             h_TD: Inputs, [T, D].
 
         Returns:
-            [T] float64 in [0, 1].
+            [T, E] float64 in [0, 1].
         """
         share = self.used_share()
-        assert share is not None, "experts without a fixed share override used_T"
-        return constant_share(h_TD, share)
+        assert share is not None, "experts without a fixed share override used_TE"
+        return constant_share(h_TD, share).unsqueeze(1).expand(-1, self.num_experts)
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

@@ -45,15 +45,15 @@ EXPERTS = MethodTable(
         MethodInfo(
             name="thresholded-gated",
             target="moesaic.nn.experts.thresholded:ThresholdedGatedExperts",
-            config="moesaic.nn.experts._base:ExpertsConfig",
-            summary="Gated experts that leave out inputs and neurons under a threshold",
+            config="moesaic.nn.experts.thresholded:ThresholdedConfig",
+            summary="Gated experts that leave out inputs, gates and neurons under a threshold",
             paper="TEAL, arXiv 2408.14690",
             abilities=frozenset({"feed-forward"}),
         ),
         MethodInfo(
             name="thresholded-plain",
             target="moesaic.nn.experts.thresholded:ThresholdedPlainExperts",
-            config="moesaic.nn.experts._base:ExpertsConfig",
+            config="moesaic.nn.experts.thresholded:ThresholdedConfig",
             summary="Plain experts that leave out inputs and neurons under a threshold",
             paper="TEAL, arXiv 2408.14690",
             abilities=frozenset({"feed-forward"}),
