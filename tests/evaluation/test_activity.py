@@ -93,7 +93,7 @@ def test_thresholds_are_measured_token_by_token(blocks):
     ids = torch.from_numpy(blocks.ids_NS).long()
     seen = []
     handles = [
-        layer.shared.register_forward_hook(lambda m, args, out: seen.append(m.used_TE(args[0]).mean(1)))
+        layer.shared.register_forward_hook(lambda m, args, out: seen.append(m.used_TE(args[0])[:, 0]))
         for layer in moe_layers(model)
     ]
     with torch.no_grad(), record_use(model) as uses:
@@ -115,6 +115,40 @@ def test_thresholds_are_measured_token_by_token(blocks):
     assert cost.flops_per_token == pytest.approx(dense.flops_per_token - 2 * off, abs=2)
     with pytest.raises(InputError, match=r"use different weights needs active_per_layer, measured"):
         model_cost(model)
+
+
+def test_thresholds_of_experts_count_where_they_are_on(blocks):
+    model = thresholded(convert(dense_model()), 0.6, 0.3)
+    ids = torch.from_numpy(blocks.ids_NS).long()
+    worth = []
+
+    def keep(module, args, out):
+        h_TD, routing = args[:2]
+        worth.append((module.used_TE(h_TD) * routing.active_TE()).sum(1))
+
+    handles = [layer.experts.register_forward_hook(keep) for layer in moe_layers(model)]
+    with torch.no_grad(), record_use(model) as uses:
+        model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    activation = evaluate_perplexity(model, blocks).activation
+    expected = [float(worth_T.mean()) / 4 for worth_T in worth]
+    assert activation.mean_per_layer() == pytest.approx(expected)
+    on = [float(use.routings[0].active_T().double().mean()) / 4 for use in uses]
+    assert all(0.2 * b < a < 0.8 * b for a, b in zip(expected, on, strict=True))
+    torch.testing.assert_close(token_fractions(model, uses, WIDTH), (worth[0] + worth[1]) / 4 / LAYERS)
+    cost = model_cost(model, activation.mean_per_layer())
+    assert cost.active_ffn_fraction == pytest.approx(activation.mean())
+
+
+def test_zero_weights_of_experts_are_not_active(blocks):
+    model = convert(dense_model())
+    before = evaluate_perplexity(model, blocks).activation
+    with torch.no_grad():
+        # Of three equal matrices one; the first layer's routing does not see it.
+        moe_layers(model)[0].experts.down_proj.zero_()
+    after = evaluate_perplexity(model, blocks).activation
+    assert after.mean_per_layer()[0] == pytest.approx(before.mean_per_layer()[0] * 2 / 3)
 
 
 def test_thresholds_of_zero_are_the_dense_network(blocks):

@@ -202,13 +202,13 @@ def test_products_are_given_or_refused(name):
 
 
 @each_kind
-def test_use_is_a_share_for_each_token(name):
+def test_use_is_a_share_for_each_token_and_expert(name):
     experts = make(name)
-    used_T = experts.used_TE(tokens(63, dtype=torch.float64))
-    assert used_T.shape == (63,)
-    assert used_T.dtype == torch.float64
+    used_TE = experts.used_TE(tokens(63, dtype=torch.float64))
+    assert used_TE.dtype == torch.float64
     # Nobody pruned these, and thresholds start at zero.
-    assert used_T.tolist() == [1.0] * 63
+    assert torch.equal(used_TE, torch.ones(63, E, dtype=torch.float64))
+    assert experts.expected_share() == 1.0
 
 
 @pytest.mark.parametrize("name", ["gated", "plain"])
@@ -226,4 +226,5 @@ def test_zero_weights_are_not_used(name):
         weights.down[:, :, ::2] = 0.0
     left = int(weights.up.count_nonzero()) + E * D * (F // 2)
     assert experts.used_share() == left / total
-    assert experts.used_TE(tokens(3, dtype=torch.float64)).tolist() == [left / total] * 3
+    used_TE = experts.used_TE(tokens(3, dtype=torch.float64))
+    assert used_TE.tolist() == [[left / total] * E] * 3

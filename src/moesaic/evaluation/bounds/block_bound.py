@@ -83,8 +83,8 @@ class BlockBound:
         options = {**self.options, "active": self.active}
         where = f"convert {self.convert}"
         settings = method_config(CONVERSIONS, self.convert, options, where=where)
-        moves = getattr(settings, "refit", False)
-        return dataclasses.replace(settings, refit=False) if moves else settings
+        moves = hasattr(settings, "refit")
+        return dataclasses.replace(settings, refit=False, kept=1.0) if moves else settings
 
     def collectors(self) -> tuple[str, ...]:
         """Names of the calibration collectors that the conversion needs."""

@@ -24,6 +24,7 @@ from moesaic._progress import SILENT, Progress
 from moesaic.calibration import CalibrationStats
 from moesaic.conversion.dsmoe import DSMoE, fit_dsmoe, settle
 from moesaic.evaluation import block_bound, neuron_bound
+from moesaic.nn.experts.thresholded import Thresholded
 from moesaic.nn.layer import moe_layers
 from moesaic.recipes.recipe import METHODS
 from moesaic.recipes.suggestion.reading import TrialConfig
@@ -159,13 +160,16 @@ class Fitted:
     @contextmanager
     def at(self, budget: float) -> Iterator[Placed]:
         """Settle the layers on a budget."""
-        # What is written upon; the rest of what settling writes it does not read.
-        downs = [layer.experts.weights().down for layer in moe_layers(self.model) if layer.experts]
-        before = [down_EDF.detach().clone() for down_EDF in downs]
+        # What blocks make of their input; the rest of what settling writes it does not read.
+        parts = [layer.experts for layer in moe_layers(self.model) if layer.experts]
+        before = [part.weights().down.detach().clone() for part in parts]
         settle(self.model, self.fits, self.stats, dataclasses.replace(self.config, active=budget))
         try:
             yield Placed(self.model, None)
         finally:
             with torch.no_grad():
-                for down_EDF, was_EDF in zip(downs, before, strict=True):
-                    down_EDF.copy_(was_EDF)
+                for part, down_EDF in zip(parts, before, strict=True):
+                    part.weights().down.copy_(down_EDF)
+                    if isinstance(part, Thresholded):
+                        part.set_thresholds(0.0, 0.0)
+                        part.keep()
