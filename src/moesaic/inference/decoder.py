@@ -23,17 +23,14 @@ from moesaic.inference._attention import pack_attention, rotary_tables
 from moesaic.inference._layout import layout_of, norm_weight
 from moesaic.models.architectures import architecture_of
 from moesaic.models.ffn import decoder_layers, read_ffn
-from moesaic.nn.bypass import Bypass
-from moesaic.nn.experts._base import Experts
 from moesaic.nn.layer import MoELayer, all_experts_on, moe_layers
+from moesaic.nn.packed_layer import pack_ffn, why_not_packed
 from moesaic.nn.routers._table import ROUTERS
-from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 from moesaic.ops.cpu import library, structs
 from moesaic.ops.cpu.packed import (
     Format,
     PackedExperts,
     PackedLinear,
-    PackedRouter,
     format_of,
     lanes,
 )
@@ -105,7 +102,7 @@ class Decoder:
             self._pack(i, layer, layout, tables)
             if release:
                 _release(layer, keep=self._routers.get(i))
-        self.num_experts = max(layer.experts.experts for layer in self._layers)
+        self.num_experts = max(layer.ffn.experts.experts for layer in self._layers)
         self.dim: int = self.config.hidden_size
         # Rows of a power of two share few places of a cache; one register more spreads them.
         padded = self._layers[0].attention.out.outputs
@@ -143,39 +140,15 @@ class Decoder:
         if not isinstance(ffn, MoELayer):
             row = architecture_of(self.config.model_type)
             dense = read_ffn(layer, row, getattr(self.config, row.activation))
-            c.experts = self._experts(dense.as_expert())
+            packed_dense = PackedExperts(dense.as_expert(), self.weight_format)
+            self._kept.append(packed_dense)
+            c.ffn.experts = packed_dense.struct
             return
-        if ffn.experts is not None:
-            c.experts = self._experts(ffn.experts.weights())
-            self._pack_router(i, ffn.router)
-        if ffn.shared is not None:
-            c.shared = self._experts(ffn.shared.weights())
-        if ffn.output_bias is not None:
-            bias_D = ffn.output_bias.detach().float().contiguous()
-            self._kept.append(bias_D)
-            c.output_bias = bias_D.data_ptr()
-        if ffn.bypass is not None:
-            self._pack_bypass(i, ffn.bypass)
-
-    def _pack_bypass(self, i: int, bypass: Bypass) -> None:
-        c, up = self._layers[i], bypass.up_proj
-        packed_down = PackedLinear(bypass.down_proj.weight, None, self.weight_format)
-        packed_up = PackedLinear(up.weight, up.bias, self.weight_format)
-        self._kept += [packed_down, packed_up]
-        c.bypass_down, c.bypass_up = packed_down.struct, packed_up.struct
-
-    def _experts(self, weights: Any) -> structs.Experts:
-        packed = PackedExperts(weights, self.weight_format)
+        packed = pack_ffn(ffn, self.weight_format)
         self._kept.append(packed)
-        return packed.struct
-
-    def _pack_router(self, i: int, router: Any) -> None:
-        if not isinstance(router, SigmoidThreshold):
-            self._routers[i] = router
-            return
-        packed = pack_router(router)
-        self._kept.append(packed)
-        self._layers[i].router = packed.struct
+        c.ffn = packed.struct
+        if ffn.router is not None and packed.choice is None:
+            self._routers[i] = ffn.router
 
     @torch.no_grad()
     def step(
@@ -242,7 +215,7 @@ class Decoder:
                 library.call("moesaic_attention", layer, by_ref, h, x)
                 ids_TK, weights_TK = self._route(i, x_TS[:, : self.dim], all_on)
                 if used_LTE is not None:
-                    num_experts = self._layers[i].experts.experts
+                    num_experts = self._layers[i].ffn.experts.experts
                     held_TK = (ids_TK < num_experts) & (weights_TK != 0)
                     used_LTE[i, :, :num_experts] = spread(ids_TK, held_TK, num_experts)
                 pointers = ids_TK.data_ptr(), weights_TK.data_ptr()
@@ -277,11 +250,11 @@ class Decoder:
     def _dense(self, i: int) -> structs.Layer:
         """A layer without what stands in for experts that are off."""
         layer = structs.Layer.from_buffer_copy(self._layers[i])
-        layer.bypass_down = structs.Linear()
+        layer.ffn.bypass_down = structs.Linear()
         return layer
 
     def _route(self, i: int, x_TD: Tensor, all_on: bool) -> tuple[Tensor, Tensor]:
-        num_experts = self._layers[i].experts.experts
+        num_experts = self._layers[i].ffn.experts.experts
         if all_on:
             on_TK = torch.ones(x_TD.shape[0], num_experts)
             return torch.arange(num_experts).expand(on_TK.shape).contiguous(), on_TK
@@ -336,10 +309,10 @@ def _check_layers(model: nn.Module) -> None:
     one layer alone.
     """
     for i, layer in enumerate(moe_layers(model)):
-        if layer.free is not None:
+        reason = why_not_packed(layer)
+        if reason:
             raise InputError(
-                f"layer {i} has free experts ({', '.join(layer.free.kinds)}), which have no native "
-                "code; generate with transformers"
+                f"layer {i} {reason}, which has no native code; generate with transformers"
             )
         router = layer.router
         # The tokens of several sequences are one batch there, without their ids.
@@ -353,37 +326,6 @@ def _check_layers(model: nn.Module) -> None:
                 f"layer {i} has the router {layer.config.router!r}, which needs more than its "
                 "tokens and has no native code; generate with transformers"
             )
-        if layer.config.iterations > 1 or layer.config.iteration_residual != "none":
-            raise InputError(
-                f"layer {i} runs {layer.config.iterations} times in a row with residual "
-                f"{layer.config.iteration_residual!r}, which has no native code; generate with "
-                "transformers"
-            )
-        if layer.config.reuse > 1:
-            raise InputError(
-                f"layer {i} uses the experts of {layer.config.reuse} layers, which has no native "
-                "code; generate with transformers"
-            )
-        for part in (layer.experts, layer.shared):
-            own = part is not None and (
-                type(part).forward is not Experts.forward or type(part).dense is not Experts.dense
-            )
-            if own:
-                raise InputError(
-                    f"layer {i} has experts of the kind {layer.config.experts!r}, which have no "
-                    "native code; generate with transformers"
-                )
-
-
-def pack_router(router: SigmoidThreshold) -> PackedRouter:
-    """Pack a router; its threshold is that of now."""
-    return PackedRouter(
-        router.weight,
-        router.bias,
-        threshold=router.threshold,
-        value_one=router.config.value == "one",
-        normalize=router.config.normalize == "count",
-    )
 
 
 def _release(module: nn.Module, keep: nn.Module | None = None) -> None:

@@ -13,6 +13,8 @@ from torch import nn
 from moesaic._errors import InputError
 from moesaic.models.experts_function import expert_weights
 from moesaic.nn.experts._base import Experts
+from moesaic.nn.layer import moe_layers
+from moesaic.nn.packed_layer import pack_layer
 from moesaic.ops.cpu.packed import Format, PackedExperts, format_of
 
 
@@ -50,6 +52,11 @@ def pack_experts(model: nn.Module, weight_format: Format | None = None) -> int:
             module.packed = packed
         else:
             module.moesaic_packed = packed  # type: ignore[assignment]
+    for layer in moe_layers(model):
+        part = layer.experts or layer.shared
+        if part is not None:
+            dtype = next(layer.parameters()).dtype
+            layer.packed = pack_layer(layer, weight_format or format_of(dtype))
     if not num_bytes:
         raise InputError(
             f"{type(model).__name__} has no experts to pack; convert it first, or give a mixture "

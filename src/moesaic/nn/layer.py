@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from moesaic.nn.free import FreeExperts
 from moesaic.nn.routers._base import Router, RouterState
 from moesaic.nn.routers._table import ROUTERS
 from moesaic.nn.routing import Routing
+
+if TYPE_CHECKING:
+    from moesaic.nn.packed_layer import PackedLayer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +152,8 @@ class MoELayer(nn.Module):
         self._group: tuple[Experts, ...] = ()
         # Set by `all_experts_on`: the layer then is its dense parent.
         self.all_on = False
+        # Set by `moesaic.inference.pack_experts`: all of the layer in one native call.
+        self.packed: PackedLayer | None = None
 
     def forward(self, h: Tensor, state: RouterState | None = None) -> Tensor:
         """Route the tokens, apply their experts and add what is always on.
@@ -161,6 +166,8 @@ class MoELayer(nn.Module):
             Outputs, in the shape and dtype of h.
         """
         h_TD = h.reshape(-1, self.dim)
+        if self.packed is not None and self.packed.serves(self, h_TD):
+            return self.packed(h_TD).reshape(h.shape)
         state = replace(state or RouterState(), num_sequences=math.prod(h.shape[:-2]))
         if self.all_on or self.router is None:
             return self._run(h_TD, None, state)[0].reshape(h.shape)

@@ -96,7 +96,7 @@ def apply_experts(
             raise InputError(
                 "backend 'native' needs packed weights; see moesaic.inference.pack_experts"
             )
-        return weights.packed(h_TD, ids_TK, weights_TK)
+        return weights.packed(h_TD, ids_TK, weights_TK, weights)
     if backend == "triton":
         return _experts_triton()(h_TD, ids_TK, weights_TK, weights)
     if backend == "masked":

@@ -53,7 +53,9 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 class Packed(Protocol):
     """A copy of experts in the order in which native code reads them."""
 
-    def __call__(self, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def __call__(
+        self, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, weights: ExpertWeights
+    ) -> Tensor:
         """Compute the reference's result, without gradients."""
         ...
 

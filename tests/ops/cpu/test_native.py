@@ -20,6 +20,7 @@ from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold, SigmoidThresh
 from moesaic.ops import select
 from moesaic.ops.cpu import library, packed
 from moesaic.ops.cpu.__main__ import main
+from moesaic.ops.cpu.ffn import PackedFfn, PackedRouter
 from moesaic.ops.cpu.packed import PackedExperts, PackedLinear
 from moesaic.ops.reference import experts_reference
 from moesaic.ops.select import apply_experts
@@ -311,13 +312,9 @@ def test_a_whole_layer_routes_and_sums_as_its_modules(T, threshold, options, dty
         for parameter in router.parameters():
             parameter.normal_(std=0.5)
     inputs = Case(T=T).inputs(dtype)
-    copy = PackedExperts(inputs.weights, packed.exact_format_of(dtype))
-    packed_router = packed.PackedRouter(
-        router.weight,
-        router.bias,
-        threshold=threshold,
-        value_one=config.value == "one",
-        normalize=config.normalize == "count",
+    layer = PackedFfn(
+        router=PackedRouter(router.score_map(), router.choice()),
+        experts=PackedExperts(inputs.weights, packed.exact_format_of(dtype)),
     )
     with torch.no_grad():
         routing = router(inputs.h_TD)
@@ -325,7 +322,7 @@ def test_a_whole_layer_routes_and_sums_as_its_modules(T, threshold, options, dty
     expected = experts_reference(
         wide.h_TD, routing.ids_TK, routing.weights_TK.double(), wide.weights
     )
-    actual = packed.layer_cpu(inputs.h_TD.float(), packed_router, copy)
+    actual = layer(inputs.h_TD.float())
     torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-4)
 
 

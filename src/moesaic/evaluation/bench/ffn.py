@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,12 +29,17 @@ from moesaic.evaluation.bench.cell import (
     time_cell,
     use_threads,
 )
-from moesaic.evaluation.bench.ours import ExpertsCall, ours
+from moesaic.evaluation.bench.ours import ExpertsCall, our_layer
 from moesaic.evaluation.bench.roof import BUFFER_BYTES, Limits
 from moesaic.models.checkpoint import dtype_of
+from moesaic.nn.layer import LayerConfig, MoELayer
 from moesaic.nn.routers._base import linear_scores
 from moesaic.ops.reference import experts_reference
 from moesaic.ops.weights import ExpertWeights
+
+
+# Scores have a spread of one and are sums in float32.
+_NEAR = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,9 +259,9 @@ def _methods(cell: FfnCell, config: FfnConfig) -> tuple[Methods, Use]:
     up = torch.randn(cell.num_experts, 2 * width, cell.dim).div_(cell.dim**0.5)
     down = torch.randn(cell.num_experts, cell.dim, width).div_(cell.neurons**0.5)
     weights = ExpertWeights(up.to(dtype), down.to(dtype), "silu", True)
-    h_TD = torch.randn(cell.num_tokens, cell.dim).to(dtype)
     # Random rows, random inputs: the choices of two tokens are independent.
-    router_ED = torch.randn(cell.num_experts, cell.dim).to(dtype)
+    router_ED = torch.randn(cell.num_experts, cell.dim).div_(cell.dim**0.5).to(dtype)
+    h_TD = _tokens(cell, router_ED)
     ids_TK, weights_TK = route(h_TD, router_ED, cell.num_active)
     use = Use(touched=int(ids_TK.unique().numel()), pairs=ids_TK.numel())
     wide = weights._replace(up=weights.up.float(), down=weights.down.float())
@@ -273,7 +279,8 @@ def _methods(cell: FfnCell, config: FfnConfig) -> tuple[Methods, Use]:
         found.running[name] = Method(calls, sparse)
 
     found.running[DENSE] = Method([dense_call(copy, h_TD) for copy in copies], dense)
-    add(OURS, ours)
+    layers = [our_layer(_layer(copy, router_ED, cell.num_active)) for copy in copies]
+    found.running[OURS] = Method([partial(layer, h_TD) for layer in layers], sparse)
     for name in peers.TRANSFORMERS:
         if why := peers.why_not_transformers(name, cell.num_tokens * cell.num_active, weights):
             found.skipped[f"transformers {name}"] = why
@@ -287,8 +294,41 @@ def _methods(cell: FfnCell, config: FfnConfig) -> tuple[Methods, Use]:
     return found, use
 
 
+def _tokens(cell: FfnCell, router_ED: Tensor) -> Tensor:
+    """Draw tokens whose K-th score and the one below are further apart than rounding moves them."""
+    h_TD = torch.randn(cell.num_tokens, cell.dim).to(router_ED.dtype)
+    if cell.num_active == cell.num_experts:
+        return h_TD
+    while True:
+        sorted_TE = linear_scores(h_TD, router_ED).sort(dim=1, descending=True).values
+        near_T = sorted_TE[:, cell.num_active - 1] - sorted_TE[:, cell.num_active] < _NEAR
+        if not near_T.any():
+            return h_TD
+        h_TD[near_T] = torch.randn(int(near_T.sum()), cell.dim).to(h_TD.dtype)
+
+
+def _layer(weights: ExpertWeights, router_ED: Tensor, num_active: int) -> MoELayer:
+    """The layer of these weights that routes as `route` does."""
+    config = LayerConfig(
+        num_experts=weights.num_experts,
+        width=weights.width,
+        router="sigmoid-top-k",
+        router_options={"top_k": num_active},
+    )
+    with torch.device("meta"):
+        layer = MoELayer(weights.up.shape[2], config)
+    tensors = {
+        "router.weight": router_ED,
+        "router.choice_bias": torch.zeros(weights.num_experts),
+        "experts.gate_up_proj": weights.up,
+        "experts.down_proj": weights.down,
+    }
+    layer.load_state_dict(tensors, assign=True)
+    return layer
+
+
 def route(h_TD: Tensor, router_ED: Tensor, num_active: int) -> tuple[Tensor, Tensor]:
-    """Choose exactly K experts per token; the router of every sparse method here."""
+    """Choose exactly K experts per token, in as few calls of torch as it takes: for the peers."""
     scores_TK, ids_TK = linear_scores(h_TD, router_ED).topk(num_active, dim=1)
     return ids_TK, scores_TK.sigmoid()
 

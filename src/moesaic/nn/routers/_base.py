@@ -19,6 +19,7 @@ from moesaic.nn.free import FreeKind
 from moesaic.nn.routing import Routing
 from moesaic.nn.schedules._base import StepClock
 from moesaic.nn.sequences import Sequences
+from moesaic.ops.choice import Choice, ScoreMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,24 @@ class Router(nn.Module, ABC):
         Some move a bias by its loads; those with a schedule count it on their `StepClock`.
         """
 
+    def choice(self) -> Choice | None:
+        """How it decides in evaluation, for native code; none where it takes more than that.
+
+        It scores experts by one linear map then, that of `score_map`.
+        """
+        return None
+
+    def score_map(self) -> ScoreMap:
+        """The tensors behind its `choice`.
+
+        Raises:
+            InputError: If it has none.
+        """
+        raise InputError(
+            f"{type(self).__name__} has no linear scores that native code could compute; route in "
+            "torch"
+        )
+
     def num_multiplied(self) -> int:
         """Weights that a token multiplies in evaluation."""
         return sum(
@@ -111,6 +130,10 @@ class LinearRouter(Router, ABC):
         for child in self.children():
             if isinstance(child, StepClock):
                 child.reset_parameters()
+
+    def score_map(self) -> ScoreMap:
+        """Its map."""
+        return ScoreMap(self.weight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

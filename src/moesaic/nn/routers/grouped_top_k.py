@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moesaic._errors import InputError
 from moesaic.nn.routers._base import LinearRouter, RouterState, linear_scores
 from moesaic.nn.routing import Routing
+from moesaic.ops.choice import Choice, ScoreMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +106,21 @@ class GroupedTopK(LinearRouter):
         if self.scale is not None:
             weights_TK = weights_TK * self.scale.to(weights_TK.dtype)[ids_TK]
         return Routing(ids_TK, weights_TK, scores_TE, self.num_experts)
+
+    def choice(self) -> Choice:
+        """The highest scores of each group."""
+        return Choice(
+            "highest-of-each",
+            "softmax",
+            top_k=self.config.per_group,
+            lowest_first=True,
+            num_groups=self.config.num_groups,
+            top_groups=self.config.num_groups,
+        )
+
+    def score_map(self) -> ScoreMap:
+        """Its map and, if it has one, the factor of each expert."""
+        return ScoreMap(self.weight, factor=self.scale)
 
     def extra_repr(self) -> str:
         """Sizes and settings, for printing."""

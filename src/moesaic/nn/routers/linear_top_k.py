@@ -19,6 +19,7 @@ from moesaic.nn.routers._base import (
     linear_scores,
 )
 from moesaic.nn.routing import Routing
+from moesaic.ops.choice import Choice
 
 
 class LinearTopK(LinearRouter):
@@ -46,6 +47,10 @@ class LinearTopK(LinearRouter):
             K = top_k slots, highest first, each of weight one.
         """
         return highest_at_one(linear_scores(h_TD, self.weight), self.config.top_k)
+
+    def choice(self) -> Choice:
+        """The highest scores, at one."""
+        return Choice("highest", "one", top_k=self.config.top_k)
 
     def extra_repr(self) -> str:
         """Sizes and settings, for printing."""

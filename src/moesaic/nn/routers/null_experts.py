@@ -16,6 +16,7 @@ from torch import Tensor
 from moesaic._errors import InputError
 from moesaic.nn.routers._base import LinearRouter, RouterState, linear_scores
 from moesaic.nn.routing import Routing
+from moesaic.ops.choice import Choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,12 @@ class NullExperts(LinearRouter):
         weights_TK = torch.where(real_TK, scores_TK, floor).softmax(-1) * real_TK
         ids_TK = torch.where(real_TK, ids_TK, self.num_experts)
         return Routing(ids_TK, weights_TK, scores_TE, self.num_experts)
+
+    def choice(self) -> Choice:
+        """The highest scores; those of null experts stand for none."""
+        return Choice(
+            "highest", "softmax", top_k=self.config.top_k, normalize="sum", lowest_first=True
+        )
 
     def extra_repr(self) -> str:
         """Sizes and settings, for printing."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moesaic._errors import InputError
 from moesaic.nn.routers._base import Router, RouterState, linear_scores
 from moesaic.nn.routing import Routing
+from moesaic.ops.choice import Choice, ScoreMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +128,19 @@ class SigmoidThreshold(Router):
         if not self.training or self.config.estimator == "hard-skip":
             ids_TE = torch.where(on_TE, ids_TE, self.num_experts)
         return Routing(ids_TE, weights_TE, scores_TE, self.num_experts)
+
+    def choice(self) -> Choice:
+        """Gates above the threshold of now."""
+        return Choice(
+            "above",
+            "sigmoid" if self.config.value == "gate" else "one",
+            threshold=self.threshold,
+            normalize=self.config.normalize,
+        )
+
+    def score_map(self) -> ScoreMap:
+        """Its map and, if it has one, its bias."""
+        return ScoreMap(self.weight, bias=self.bias)
 
     def extra_repr(self) -> str:
         """Sizes and settings, for printing."""

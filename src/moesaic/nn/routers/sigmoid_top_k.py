@@ -28,6 +28,7 @@ from moesaic._errors import InputError
 from moesaic.nn.routers._base import Router, RouterState, check_top_k, linear_scores
 from moesaic.nn.routers._loads import StepLoads
 from moesaic.nn.routing import Routing
+from moesaic.ops.choice import Choice, ScoreMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +137,23 @@ class SigmoidTopK(Router):
         barred_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter(1, groups_TJ, False)
         allowed_TGN: Tensor = choice_TGN.masked_fill(barred_TG.unsqueeze(2), -torch.inf)
         return allowed_TGN.flatten(1)
+
+    def choice(self) -> Choice:
+        """The highest gates plus bias, of the groups with the best two."""
+        return Choice(
+            "highest",
+            "sigmoid",
+            top_k=self.config.top_k,
+            normalize="sum" if self.config.normalize else "none",
+            scale=self.config.scale,
+            by_gate=True,
+            num_groups=self.config.num_groups,
+            top_groups=self.config.top_groups,
+        )
+
+    def score_map(self) -> ScoreMap:
+        """Its map and the bias of its choice."""
+        return ScoreMap(self.weight, choice_bias=self.choice_bias)
 
     def end_step(self) -> None:
         """Move the bias of every expert towards the mean load of the step."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from moesaic._errors import InputError
 from moesaic.nn.routers._base import LinearRouter, RouterState, linear_scores
 from moesaic.nn.routing import Routing
+from moesaic.ops.choice import Choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,10 @@ class TopP(LinearRouter):
             keep_TE = before_TE <= self.config.threshold
         ids_TE = torch.where(keep_TE, ids_TE, self.num_experts)
         return Routing(ids_TE, weights_TE * keep_TE, scores_TE, self.num_experts)
+
+    def choice(self) -> Choice:
+        """As many as the threshold asks for."""
+        return Choice("cumulated", "softmax", threshold=self.config.threshold)
 
     def extra_repr(self) -> str:
         """Sizes and settings, for printing."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from moesaic._errors import InputError
 from moesaic.nn.routers._base import LinearRouter, RouterState, check_top_k, linear_scores
 from moesaic.nn.routing import Routing
+from moesaic.ops.choice import Choice, Normalize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,11 @@ class TopKSoftmax(LinearRouter):
         if self.config.renormalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         return Routing(ids_TK, weights_TK, scores_TE, self.num_experts)
+
+    def choice(self) -> Choice:
+        """The highest scores, which are the most probable experts."""
+        normalize: Normalize = "sum" if self.config.renormalize else "none"
+        return Choice("highest", "softmax", top_k=self.config.top_k, normalize=normalize)
 
     def extra_repr(self) -> str:
         """Sizes and settings, for printing."""

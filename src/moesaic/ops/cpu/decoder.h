@@ -7,7 +7,7 @@
 
 #include <limits>
 
-#include "experts.h"
+#include "ffn.h"
 
 namespace {
 
@@ -36,37 +36,24 @@ struct Layer {
   const float* attention_post;  // after, before the sum; or null
   const float* ffn_norm;
   const float* ffn_post;
-  const float* output_bias;  // [D] or null
   double eps;
   Attention attention;
-  Router router;
-  Experts experts;  // none: experts = 0
-  Experts shared;
-  Linear bypass_down;  // none: panels = null
-  Linear bypass_up;
+  Ffn ffn;
 };
 
 struct Batch {
   const int64_t* slot;      // [T]
   const int64_t* position;  // [T]
-  const double* threshold;  // [T], or null; see Slots::decide
+  const double* threshold;  // [T], or null; see route
   int64_t tokens;
   int64_t dim;
   int64_t stride;  // of rows of D floats
   int64_t length;  // positions that the cache holds, a multiple of WIDE
 };
 
-struct Workspace {
-  std::vector<float> qkv, heads, output, scores, neurons, low;
-  std::vector<uint32_t> rounded;
+struct Workspace : FfnWork {
+  std::vector<float> qkv, heads;
   std::vector<int64_t> runs;  // first rows of the runs of one sequence, and T
-  Slots slots, all;
-
-  template <class X>
-  static X* at_least(std::vector<X>& buffer, int64_t size) {
-    if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
-    return buffer.data();
-  }
 };
 
 inline float sum(V v) {
@@ -248,43 +235,11 @@ inline void attention_half(const Layer& layer, const Batch& b, Workspace& work, 
   norm_rows(b, layer.ffn_norm, layer.eps, h, x);
 }
 
-// h += experts(x), for the slots in `work`. Called by a whole team.
+// h += ffn(x), for the slots in `work`. Called by a whole team.
 inline void ffn_half(const Layer& layer, const Batch& b, Workspace& work, const float* x, float* h) {
   float* out = layer.ffn_post ? work.output.data() : h;
-  float* neurons = work.neurons.data();
-  uint32_t* rounded = work.rounded.data();
-  bool add = !layer.ffn_post;
-  if (layer.experts.experts) {
-    apply_experts(layer.experts, work.slots, x, b.stride, b.tokens, rounded, neurons, out,
-                  b.stride, add);
-    add = true;
-  }
-  if (layer.shared.experts) {
-    apply_experts(layer.shared, work.all, x, b.stride, b.tokens, rounded, neurons, out, b.stride,
-                  add);
-    add = true;
-  }
-  if (layer.bypass_down.panels) {
-    const int64_t rank = layer.bypass_down.outputs;
-    linear(layer.bypass_down, x, b.stride, b.tokens, rounded, work.low.data(), rank, false);
-    linear(layer.bypass_up, work.low.data(), rank, b.tokens, rounded, out, b.stride, add);
-    add = true;
-  }
-  if (layer.output_bias) {
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < b.tokens; ++t)
-      for (int64_t i = 0; i < b.dim; ++i)
-        out[t * b.stride + i] = (add ? out[t * b.stride + i] : 0.0f) + layer.output_bias[i];
-  }
+  apply_ffn(layer.ffn, x, b.stride, b.tokens, b.dim, work, out, b.stride, !layer.ffn_post);
   if (layer.ffn_post) add_normed(b, layer.ffn_post, layer.eps, out, h);
-}
-
-// Makes room for the feed-forward half of a layer, whose slots are known.
-inline void prepare_ffn(const Layer& layer, const Batch& b, Workspace& work) {
-  const int64_t routed = layer.experts.experts ? work.slots.count() * layer.experts.width : 0;
-  const int64_t shared = layer.shared.experts ? b.tokens * layer.shared.width : 0;
-  Workspace::at_least(work.neurons, std::max(routed, shared));
-  Workspace::at_least(work.low, b.tokens * layer.bypass_down.outputs);
 }
 
 // Makes room for a layer, and cuts the rows into runs of one sequence that share its keys and
@@ -299,30 +254,15 @@ inline void prepare(const Layer& layer, const Batch& b, Workspace& work) {
   Workspace::at_least(work.qkv, b.tokens * layer.attention.qkv.outputs);
   Workspace::at_least(work.heads, b.tokens * layer.attention.out.inputs);
   Workspace::at_least(work.output, b.tokens * b.stride);
-  for (const Linear& w : {layer.attention.qkv, layer.attention.out, layer.router.scores,
-                          layer.bypass_down, layer.bypass_up})
+  for (const Linear& w : {layer.attention.qkv, layer.attention.out})
     Workspace::at_least(work.rounded, scratch_words(w.format, b.tokens, w.inputs));
-  for (const Experts& e : {layer.experts, layer.shared})
-    Workspace::at_least(work.rounded, scratch_words(e.format, b.tokens, e.inputs));
-  if (layer.router.scores.panels)
-    Workspace::at_least(work.scores, b.tokens * layer.router.scores.outputs);
+  prepare(layer.ffn, b.tokens, work);
 }
 
 // One layer whose router is native, or that has none.
 inline void whole_layer(const Layer& layer, const Batch& b, Workspace& work, float* h, float* x) {
   attention_half(layer, b, work, h, x);
-  if (layer.router.scores.panels)
-    linear(layer.router.scores, x, b.stride, b.tokens, work.rounded.data(), work.scores.data(),
-           layer.router.scores.outputs, false);
-#pragma omp single
-  {
-    if (layer.router.scores.panels)
-      work.slots.decide(layer.router, b.threshold, work.scores.data(), b.tokens,
-                        layer.experts.experts);
-    else
-      work.slots.all(b.tokens);
-    prepare_ffn(layer, b, work);
-  }
+  route(layer.ffn, b.threshold, x, b.stride, b.tokens, work);
   ffn_half(layer, b, work, x, h);
 }
 

@@ -42,14 +42,6 @@ struct Experts {
   int64_t gated;
 };
 
-// DSMoE's router: a gate per expert, on where it exceeds the threshold.
-struct Router {
-  Linear scores;  // panels null: every expert for every token
-  double threshold;
-  int64_t value_one;
-  int64_t normalize;
-};
-
 // The order is that of `_FORMATS` in packed.py.
 enum Format { FLOAT32, BFLOAT16, INT8, BFLOAT16_DOT };
 
@@ -94,12 +86,14 @@ inline void put(typename W::Input* row, int64_t column, V v) {
   }
 }
 
-// Called by all threads. `scratch` has as many words as scratch_words says.
+// Called by all threads. `scratch` has as many words as scratch_words says; `ready` when it holds
+// these rows already, from a call with a format that rounds.
 template <class W>
 inline Rows<W> rows_of(const float* x, int64_t stride, int64_t T, int64_t inputs,
-                       uint32_t* scratch) {
+                       uint32_t* scratch, bool ready) {
   if constexpr (rounds<W>) {
     const int64_t words = rounded_words(inputs);
+    if (ready) return {scratch, words};
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < T; ++t) {
       const float* from = x + t * stride;
@@ -139,13 +133,13 @@ inline void share(int64_t units, int64_t rows, F f) {
   }
 }
 
-// out_TO = x_TI W^T + bias, or added to out. `scratch` as in rows_of.
+// out_TO = x_TI W^T + bias, or added to out. `scratch` and `ready` as in rows_of.
 inline void linear(const Linear& w, const float* x, int64_t stride, int64_t T, uint32_t* scratch,
-                   float* out, int64_t out_stride, bool add) {
+                   float* out, int64_t out_stride, bool add, bool ready = false) {
   const int64_t panels = w.outputs / WIDE;
   with_format(w.format, [&](auto format) {
     using W = decltype(format);
-    const Rows<W> inputs = rows_of<W>(x, stride, T, w.inputs, scratch);
+    const Rows<W> inputs = rows_of<W>(x, stride, T, w.inputs, scratch, ready);
     const int64_t steps = steps_of<W>(w.inputs), size = steps * W::bytes;
     share(panels, T, [&](int64_t p) {
       const char* panel = w.panels + p * size;
@@ -205,37 +199,17 @@ struct Slots {
     }
   }
 
-  // Turns gate logits [T, outputs] into slots. `thresholds` is null or [T]: the token's own, or NaN
-  // for the router's.
-  void decide(const Router& router, const double* thresholds, const float* scores, int64_t T,
-              int64_t E) {
-    // A gate exceeds the threshold where its logit exceeds the threshold's.
-    std::vector<float> limits(T);
-    for (int64_t t = 0; t < T; ++t) {
-      const bool own = thresholds && !std::isnan(thresholds[t]);
-      const double threshold = own ? thresholds[t] : router.threshold;
-      limits[t] = static_cast<float>(std::log(threshold / (1.0 - threshold)));
-    }
+  // Weights of all experts for every token, rows `stride` apart; zero is no slot.
+  void gather(const float* weights, int64_t stride, int64_t T, int64_t E) {
     begin.assign(E + 1, 0);
-    std::vector<float> scale(T);
-    for (int64_t t = 0; t < T; ++t) {
-      const float* row = scores + t * router.scores.outputs;
-      int64_t count = 0;
-      for (int64_t e = 0; e < E; ++e) {
-        const bool on = row[e] > limits[t];
-        begin[e + 1] += on;
-        count += on;
-      }
-      scale[t] = router.normalize && count ? static_cast<float>(E) / count : 1.0f;
-    }
+    for (int64_t t = 0; t < T; ++t)
+      for (int64_t e = 0; e < E; ++e) begin[e + 1] += weights[t * stride + e] != 0.0f;
     std::vector<int64_t> next = place(E);
     for (int64_t t = 0; t < T; ++t) {
-      const float* row = scores + t * router.scores.outputs;
       for (int64_t e = 0; e < E; ++e) {
-        if (!(row[e] > limits[t])) continue;
-        const float gate = router.value_one ? 1.0f : 1.0f / (1.0f + std::exp(-row[e]));
+        if (weights[t * stride + e] == 0.0f) continue;
         token[next[e]] = static_cast<int32_t>(t);
-        weight[next[e]++] = gate * scale[t];
+        weight[next[e]++] = weights[t * stride + e];
       }
     }
   }
@@ -259,18 +233,18 @@ struct Slots {
 };
 
 // out_TD = sum over slots of weight * down(act(gate x) * (up x)), or added to out.
-// `neurons` has room for [N, F] floats, `scratch` as in rows_of. Experts are added in ascending
-// order.
+// `neurons` has room for [N, F] floats, `scratch` and `ready` are as in rows_of. Experts are added
+// in ascending order.
 inline void apply_experts(const Experts& e, const Slots& slots, const float* x, int64_t stride,
                           int64_t T, uint32_t* scratch, float* neurons, float* out,
-                          int64_t out_stride, bool add) {
+                          int64_t out_stride, bool add, bool ready = false) {
   const int64_t F = e.width, per_panel = e.gated ? LANES : WIDE;
   const int64_t up_panels = F / per_panel, tiles = e.outputs / WIDE;
   with_format(e.format, [&](auto format) {
     using W = decltype(format);
     using Input = typename W::Input;
     const int64_t used = slots.used.size();
-    const Rows<W> inputs = rows_of<W>(x, stride, T, e.inputs, scratch);
+    const Rows<W> inputs = rows_of<W>(x, stride, T, e.inputs, scratch, ready);
     Input* middle = reinterpret_cast<Input*>(neurons);
     const int64_t middle_stride = rounds<W> ? rounded_words(F) : F;
     const int64_t up_steps = steps_of<W>(e.inputs), up_size = up_steps * W::bytes;

@@ -26,6 +26,55 @@ Workspace& workspace() {
   return work;
 }
 
+// bfloat16 is the upper half of a float32.
+inline float widened(uint16_t x) { return bits<float>(static_cast<uint32_t>(x) << 16); }
+
+// To the nearest, ties to even; not a number stays so.
+inline uint16_t narrowed(float x) {
+  const uint32_t word = bits<uint32_t>(x);
+  const uint32_t nearest = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+  return static_cast<uint16_t>(x != x ? 0x7fc0 : nearest);
+}
+
+// Rows x [T, inputs] of experts, a part at a time: `prepare(first, tokens)` by one thread, then
+// `apply(h, tokens, y)` by all, from float32 rows of `inputs` to those of `outputs`; into
+// out [T, inputs].
+template <class P, class A>
+void in_parts(const Experts& e, const void* x, bool bfloat16, int64_t T, Workspace& work, void* out,
+              P prepare, A apply) {
+  const int64_t D = e.inputs, padded_D = e.outputs;
+  const bool direct = !bfloat16 && D == padded_D;
+  for (int64_t first = 0; first < T; first += MAX_TOKENS) {
+    const int64_t tokens = std::min(MAX_TOKENS, T - first);
+    const float* h = static_cast<const float*>(x) + first * D;
+    float* y = static_cast<float*>(out) + first * D;
+    const uint16_t* half_x = static_cast<const uint16_t*>(x) + first * D;
+    uint16_t* half_out = static_cast<uint16_t*>(out) + first * D;
+    float* wide = Workspace::at_least(work.input, bfloat16 ? tokens * D : 0);
+    if (bfloat16) h = wide;
+    if (!direct) y = Workspace::at_least(work.output, tokens * padded_D);
+    prepare(first, tokens);
+#pragma omp parallel
+    {
+      if (bfloat16) {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < tokens * D; ++i) wide[i] = widened(half_x[i]);
+      }
+      apply(h, tokens, y);
+      if (!direct) {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; ++t) {
+          const float* row = y + t * padded_D;
+          if (bfloat16)
+            for (int64_t i = 0; i < D; ++i) half_out[t * D + i] = narrowed(row[i]);
+          else
+            std::copy_n(row, D, static_cast<float*>(out) + (first + t) * D);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -44,50 +93,34 @@ int moesaic_has_dot() {
 // Threads of the calls that follow. Torch may bring an OpenMP of its own, with its own number.
 void moesaic_threads(int count) { omp_set_num_threads(count); }
 
-// x [T, inputs], ids and weights [T, K], out [T, outputs].
-int moesaic_experts(const Experts* e, const float* x, const int64_t* ids, const float* weights,
-                    int64_t T, int64_t K, float* out) {
+// x and out [T, inputs], float32 or bfloat16; ids and weights [T, K].
+int moesaic_experts(const Experts* e, const void* x, int64_t bfloat16, const int64_t* ids,
+                    const float* weights, int64_t T, int64_t K, void* out) {
   return guarded([&] {
-    Slots slots;
-    std::vector<float> neurons;
-    std::vector<uint32_t> words;
-    for (int64_t first = 0; first < T; first += MAX_TOKENS) {
-      const int64_t tokens = std::min(MAX_TOKENS, T - first);
-      slots.sort(ids + first * K, weights + first * K, tokens, K, e->experts);
-      Workspace::at_least(neurons, slots.count() * e->width);
-      uint32_t* scratch = Workspace::at_least(words, scratch_words(e->format, tokens, e->inputs));
-#pragma omp parallel
-      apply_experts(*e, slots, x + first * e->inputs, e->inputs, tokens, scratch, neurons.data(),
-                    out + first * e->outputs, e->outputs, false);
-    }
+    Workspace& work = workspace();
+    in_parts(*e, x, bfloat16, T, work, out, [&](int64_t first, int64_t tokens) {
+      work.slots.sort(ids + first * K, weights + first * K, tokens, K, e->experts);
+      Workspace::at_least(work.neurons, work.slots.count() * e->width);
+      Workspace::at_least(work.rounded, scratch_words(e->format, tokens, e->inputs));
+    }, [&](const float* h, int64_t tokens, float* y) {
+      apply_experts(*e, work.slots, h, e->inputs, tokens, work.rounded.data(), work.neurons.data(),
+                    y, e->outputs, false);
+    });
   });
 }
 
-// As moesaic_experts, routed here: x [T, inputs], out [T, outputs].
-int moesaic_layer(const Router* router, const Experts* e, const float* x, int64_t T, float* out) {
+// A whole layer, routed here: x and out [T, inputs], float32 or bfloat16.
+int moesaic_layer(const Ffn* f, const void* x, int64_t bfloat16, int64_t T, void* out) {
   return guarded([&] {
-    Slots slots;
-    std::vector<float> neurons, scores;
-    std::vector<uint32_t> words;
-    for (int64_t first = 0; first < T; first += MAX_TOKENS) {
-      const int64_t tokens = std::min(MAX_TOKENS, T - first);
-      const float* h = x + first * e->inputs;
-      Workspace::at_least(scores, tokens * router->scores.outputs);
-      Workspace::at_least(words, scratch_words(router->scores.format, tokens, e->inputs));
-      Workspace::at_least(words, scratch_words(e->format, tokens, e->inputs));
-#pragma omp parallel
-      {
-        linear(router->scores, h, e->inputs, tokens, words.data(), scores.data(),
-               router->scores.outputs, false);
-#pragma omp single
-        {
-          slots.decide(*router, nullptr, scores.data(), tokens, e->experts);
-          Workspace::at_least(neurons, slots.count() * e->width);
-        }
-        apply_experts(*e, slots, h, e->inputs, tokens, words.data(), neurons.data(),
-                      out + first * e->outputs, e->outputs, false);
-      }
-    }
+    Workspace& work = workspace();
+    const Experts& e = f->experts.experts ? f->experts : f->shared;
+    in_parts(e, x, bfloat16, T, work, out, [&](int64_t, int64_t tokens) {
+      work.all.all(tokens);
+      prepare(*f, tokens, work);
+    }, [&](const float* h, int64_t tokens, float* y) {
+      route(*f, nullptr, h, e.inputs, tokens, work);
+      apply_ffn(*f, h, e.inputs, tokens, e.inputs, work, y, e.outputs, false);
+    });
   });
 }
 
@@ -135,9 +168,10 @@ int moesaic_ffn(const Layer* layer, const Batch* b, float* h, const float* x, co
   return guarded([&] {
     Workspace& work = workspace();
     work.all.all(b->tokens);
-    work.slots.sort(ids, weights, b->tokens, K, layer->experts.experts);
+    work.slots.sort(ids, weights, b->tokens, K, layer->ffn.experts.experts);
     Workspace::at_least(work.output, b->tokens * b->stride);
-    prepare_ffn(*layer, *b, work);
+    prepare(layer->ffn, b->tokens, work);
+    prepare_slots(layer->ffn, b->tokens, work);
 #pragma omp parallel
     ffn_half(*layer, *b, work, x, h);
   });

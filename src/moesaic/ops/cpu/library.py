@@ -29,7 +29,10 @@ from moesaic.ops.cpu.structs import SIGNATURES
 logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("kernels.cpp", "decoder.h", "experts.h", "activations.h", "panels.h")
+_SOURCES = (
+    "kernels.cpp",
+    *("decoder.h", "ffn.h", "routing.h", "experts.h", "activations.h", "panels.h"),
+)
 _FLAGS = (
     *("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC"),
     # See `fused` in panels.h.

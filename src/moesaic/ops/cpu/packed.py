@@ -10,7 +10,6 @@ O outputs, L floats of a register, P panels.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Literal
 
 import torch
@@ -18,7 +17,8 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from moesaic._errors import InputError
-from moesaic.ops.cpu import library, structs
+from moesaic.ops.cpu import library, operators, structs
+from moesaic.ops.cpu.run import on_cpu, run_experts, run_linear
 from moesaic.ops.huge_pages import in_huge_pages
 from moesaic.ops.weights import ExpertWeights
 
@@ -70,15 +70,17 @@ class PackedLinear:
     def __init__(
         self, weight_OI: Tensor, bias_O: Tensor | None, weight_format: Format = "float32"
     ) -> None:
-        self.num_outputs, self.num_inputs = _on_cpu(weight_OI).shape
+        self.num_outputs, self.num_inputs = on_cpu(weight_OI).shape
         rows_PRI = _pad(weight_OI, 0, 2 * lanes()).unflatten(0, (-1, 2 * lanes()))
         self._panels, self._scale = _pack(rows_PRI, weight_format)
-        self._bias = None if bias_O is None else _pad(bias_O.float(), 0, 2 * lanes()).contiguous()
+        self._bias = None if bias_O is None else _pad(bias_O.detach().float(), 0, 2 * lanes()).contiguous()
         self.padded = rows_PRI.shape[0] * rows_PRI.shape[1]
+        # In the order of the struct's pointers.
+        self.parts = [self._panels, self._scale, self._bias]
         self.struct = structs.Linear(
             panels=self._panels.data_ptr(),
-            scale=_pointer(self._scale),
-            bias=_pointer(self._bias),
+            scale=pointer(self._scale),
+            bias=pointer(self._bias),
             inputs=self.num_inputs,
             outputs=self.padded,
             format=_FORMATS.index(weight_format),
@@ -86,16 +88,7 @@ class PackedLinear:
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """Map [T, I] to [T, O] in float32."""
-        x_TI = _input(x_TI, self.num_inputs)
-        out_TO = torch.empty(x_TI.shape[0], self.padded)
-        library.call(
-            "moesaic_linear",
-            ctypes.byref(self.struct),
-            x_TI.data_ptr(),
-            x_TI.shape[0],
-            out_TO.data_ptr(),
-        )
-        return out_TO[:, : self.num_outputs]
+        return run_linear(self.struct, x_TI)[:, : self.num_outputs]
 
 
 class PackedExperts:
@@ -117,7 +110,7 @@ class PackedExperts:
                 f"{', '.join(sorted(_ACTIVATIONS))} have"
             )
         per_register = lanes()
-        num_experts, dim, _ = _on_cpu(weights.down).shape
+        num_experts, dim, _ = on_cpu(weights.down).shape
         per_panel = per_register if weights.gated else 2 * per_register
         up_PRI = _rows(weights.up, weights.gated, per_panel)
         down_EOF = _pad(_pad(weights.down, 1, 2 * per_register), 2, per_panel)
@@ -128,122 +121,66 @@ class PackedExperts:
         self._down, self._down_scale = _pack(down_PRF, weight_format)
         self._up_bias, self._down_bias = None, None
         if weights.up_bias is not None:
-            self._up_bias = _rows(weights.up_bias.float(), weights.gated, per_panel).contiguous()
+            self._up_bias = _rows(weights.up_bias.detach().float(), weights.gated, per_panel).contiguous()
         if weights.down_bias is not None:
-            self._down_bias = _pad(weights.down_bias.float(), 1, 2 * per_register).contiguous()
-        self.padded = down_EOF.shape[1]
+            self._down_bias = _pad(weights.down_bias.detach().float(), 1, 2 * per_register).contiguous()
+        # In the order of the struct's pointers.
+        self.parts = [
+            *(self._up, self._down),
+            *(self._up_scale, self._down_scale, self._up_bias, self._down_bias),
+        ]
         self.struct = structs.Experts(
             up=self._up.data_ptr(),
             down=self._down.data_ptr(),
-            up_scale=_pointer(self._up_scale),
-            down_scale=_pointer(self._down_scale),
-            up_bias=_pointer(self._up_bias),
-            down_bias=_pointer(self._down_bias),
+            up_scale=pointer(self._up_scale),
+            down_scale=pointer(self._down_scale),
+            up_bias=pointer(self._up_bias),
+            down_bias=pointer(self._down_bias),
             experts=num_experts,
             width=down_EOF.shape[2],
             inputs=dim,
-            outputs=self.padded,
+            outputs=down_EOF.shape[1],
             format=_FORMATS.index(weight_format),
             activation=_ACTIVATIONS[weights.activation],
             gated=weights.gated,
         )
 
-    def __call__(self, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def __call__(
+        self,
+        h_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        weights: ExpertWeights | None = None,
+    ) -> Tensor:
         """Sum the weighted outputs of each token's experts; same contract as the reference.
 
         Inference only. Sums are in float32. What a token gets does not depend, to the last bit,
         on the tokens beside it.
+
+        Args:
+            h_TD: Inputs, [T, D].
+            ids_TK: Expert of each slot; see `experts_reference`.
+            weights_TK: Weight of each slot.
+            weights: What was packed; a compiled graph then checks that it is unchanged.
         """
-        x_TD = _input(h_TD, self.dim)
-        num_tokens, num_slots = ids_TK.shape
-        if len(x_TD) != num_tokens or weights_TK.shape != ids_TK.shape:
-            raise InputError(
-                f"ids and weights must be [T={len(x_TD)}, K], got {tuple(ids_TK.shape)} and "
-                f"{tuple(weights_TK.shape)}"
-            )
-        ids_TK = _on_cpu(ids_TK).to(torch.int64).contiguous()
-        weights_TK = _on_cpu(weights_TK).float().contiguous()
-        out_TD = torch.empty(num_tokens, self.padded)
-        library.call(
-            "moesaic_experts",
-            ctypes.byref(self.struct),
-            x_TD.data_ptr(),
-            ids_TK.data_ptr(),
-            weights_TK.data_ptr(),
-            num_tokens,
-            num_slots,
-            out_TD.data_ptr(),
-        )
-        return out_TD[:, : self.dim].to(h_TD.dtype)
+        if operators.traced(h_TD):
+            sources = operators.NO_SOURCES
+            if weights is not None:
+                versions = [version for _, version in self._packed_from]
+                sources = operators.Sources(_tensors(weights), versions)
+            return operators.experts(self.struct, self.parts, h_TD, ids_TK, weights_TK, sources)
+        return run_experts(self.struct, h_TD, ids_TK, weights_TK)
 
     def is_copy_of(self, weights: ExpertWeights) -> bool:
         """Whether these are still the weights that were packed, unchanged."""
-        return self._packed_from == _versions(weights)
+        # A graph being made has no addresses; it checks versions whenever it runs.
+        return torch.compiler.is_compiling() or self._packed_from == _versions(weights)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the packed matrices, scales included."""
         tensors = (self._up, self._down, self._up_scale, self._down_scale)
         return sum(x.nbytes for x in tensors if x is not None)
-
-
-class PackedRouter:
-    """DSMoE's router, packed: a gate per expert, on where it exceeds the threshold.
-
-    Args:
-        weight_ED: [E, D].
-        bias_E: Or none.
-        threshold: In [0, 1).
-        value_one: Whether an active expert weighs one and not its gate.
-        normalize: Whether weights are multiplied by E over the number of active experts.
-    """
-
-    def __init__(
-        self,
-        weight_ED: Tensor,
-        bias_E: Tensor | None,
-        *,
-        threshold: float,
-        value_one: bool,
-        normalize: bool,
-    ) -> None:
-        # Scores decide, so nothing is rounded.
-        self._scores = PackedLinear(weight_ED, bias_E, exact_format_of(weight_ED.dtype))
-        self.struct = structs.Router(
-            scores=self._scores.struct,
-            threshold=threshold,
-            value_one=value_one,
-            normalize=normalize,
-        )
-
-
-def layer_cpu(h_TD: Tensor, router: PackedRouter, packed: PackedExperts) -> Tensor:
-    """Route tokens and sum the weighted outputs of their experts, [T, D], in one native call."""
-    x_TD = _input(h_TD, packed.dim)
-    out_TD = torch.empty(x_TD.shape[0], packed.padded)
-    library.call(
-        "moesaic_layer",
-        ctypes.byref(router.struct),
-        ctypes.byref(packed.struct),
-        x_TD.data_ptr(),
-        x_TD.shape[0],
-        out_TD.data_ptr(),
-    )
-    return out_TD[:, : packed.dim].to(h_TD.dtype)
-
-
-def _on_cpu(x: Tensor) -> Tensor:
-    """Refuse what native code cannot address."""
-    if x.device.type != "cpu":
-        raise InputError(f"native code needs tensors on the CPU, got one on {x.device}; move it")
-    return x
-
-
-def _input(x: Tensor, width: int) -> Tensor:
-    """Rows as native code reads them, which checks nothing itself."""
-    if x.dim() != 2 or x.shape[1] != width:
-        raise InputError(f"native code needs inputs of shape [T, {width}], got {tuple(x.shape)}")
-    return _on_cpu(x).float().contiguous()
 
 
 def lanes() -> int:
@@ -256,12 +193,17 @@ def has_dot() -> bool:
     return bool(library.library().moesaic_has_dot())
 
 
-def _versions(weights: ExpertWeights) -> list[tuple[int, int]]:
+def _tensors(weights: ExpertWeights) -> list[Tensor]:
     tensors = (weights.up, weights.down, weights.up_bias, weights.down_bias)
-    return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors if x is not None]
+    return [x for x in tensors if x is not None]
 
 
-def _pointer(x: Tensor | None) -> int | None:
+def _versions(weights: ExpertWeights) -> list[tuple[int, int]]:
+    return [(x.data_ptr(), operators.version_of(x)) for x in _tensors(weights)]
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """Where a tensor is; none for none."""
     return None if x is None else x.data_ptr()
 
 

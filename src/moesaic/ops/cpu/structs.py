@@ -1,11 +1,12 @@
 """The structs and functions of the native code, as Python passes them.
 
-Field by field those of experts.h and decoder.h, which say what they mean.
+Field by field those of experts.h, routing.h, ffn.h and decoder.h, which say what they mean.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -45,13 +46,36 @@ class Experts(ctypes.Structure):
 
 
 class Router(ctypes.Structure):
-    """The struct of that name in experts.h."""
+    """The struct of that name in routing.h."""
 
     _fields_: ClassVar[list[Any]] = [
         ("scores", Linear),
+        ("choice_bias", _POINTER),
+        ("factor", _POINTER),
         ("threshold", _DOUBLE),
-        ("value_one", _INT),
+        ("scale", _DOUBLE),
+        ("num_scores", _INT),
+        ("rule", _INT),
+        ("gate", _INT),
         ("normalize", _INT),
+        ("by_gate", _INT),
+        ("lowest_first", _INT),
+        ("top_k", _INT),
+        ("groups", _INT),
+        ("top_groups", _INT),
+    ]
+
+
+class Ffn(ctypes.Structure):
+    """The struct of that name in ffn.h."""
+
+    _fields_: ClassVar[list[Any]] = [
+        ("output_bias", _POINTER),
+        ("router", Router),
+        ("experts", Experts),
+        ("shared", Experts),
+        ("bypass_down", Linear),
+        ("bypass_up", Linear),
     ]
 
 
@@ -86,14 +110,9 @@ class Layer(ctypes.Structure):
         ("attention_post", _POINTER),
         ("ffn_norm", _POINTER),
         ("ffn_post", _POINTER),
-        ("output_bias", _POINTER),
         ("eps", _DOUBLE),
         ("attention", Attention),
-        ("router", Router),
-        ("experts", Experts),
-        ("shared", Experts),
-        ("bypass_down", Linear),
-        ("bypass_up", Linear),
+        ("ffn", Ffn),
     ]
 
 
@@ -111,15 +130,61 @@ class Batch(ctypes.Structure):
     ]
 
 
+
+def num_pointers(kind: type[ctypes.Structure]) -> int:
+    """Pointers of a struct, those of the structs in it included."""
+    return sum(
+        num_pointers(field) if issubclass(field, ctypes.Structure) else field is _POINTER
+        for _, field in kind._fields_
+    )
+
+
+def numbers_of(struct: ctypes.Structure) -> tuple[list[int], list[float]]:
+    """The integers of a struct and its other numbers, in order."""
+    sizes: list[int] = []
+    numbers: list[float] = []
+    for name, field in struct._fields_:
+        value = getattr(struct, name)
+        if issubclass(field, ctypes.Structure):
+            more_sizes, more_numbers = numbers_of(value)
+            sizes += more_sizes
+            numbers += more_numbers
+        elif field is not _POINTER:
+            (sizes if field is _INT else numbers).append(value)
+    return sizes, numbers
+
+
+def rebuilt(
+    kind: type[ctypes.Structure],
+    pointers: Iterable[int | None],
+    sizes: Iterable[int],
+    numbers: Iterable[float],
+) -> Any:
+    """A struct of these pointers, integers and other numbers, each in order."""
+    return _rebuilt(kind, iter(pointers), iter(sizes), iter(numbers))
+
+
+def _rebuilt(kind: type[ctypes.Structure], *values: Iterator[Any]) -> Any:
+    by_kind = dict(zip((_POINTER, _INT, _DOUBLE), values, strict=True))
+    return kind(
+        *(
+            _rebuilt(field, *values)
+            if issubclass(field, ctypes.Structure)
+            else next(by_kind[field])
+            for _, field in kind._fields_
+        )
+    )
+
+
 _LAYER, _BATCH = ctypes.POINTER(Layer), ctypes.POINTER(Batch)
 
 # Arguments of the functions of kernels.cpp.
 SIGNATURES: dict[str, list[Any]] = {
-    "moesaic_experts": [ctypes.POINTER(Experts), *[_POINTER] * 3, _INT, _INT, _POINTER],
-    "moesaic_layer": [
-        *[ctypes.POINTER(Router), ctypes.POINTER(Experts)],
-        *[_POINTER, _INT, _POINTER],
+    "moesaic_experts": [
+        *[ctypes.POINTER(Experts), _POINTER, _INT, _POINTER, _POINTER],
+        *[_INT, _INT, _POINTER],
     ],
+    "moesaic_layer": [ctypes.POINTER(Ffn), _POINTER, _INT, _INT, _POINTER],
     "moesaic_linear": [ctypes.POINTER(Linear), _POINTER, _INT, _POINTER],
     "moesaic_layers": [_LAYER, _INT, _BATCH, *[_POINTER] * 3, _INT],
     "moesaic_attention": [_LAYER, _BATCH, *[_POINTER] * 2],

@@ -1,0 +1,190 @@
+"""A layer once more, in the order in which native code reads it: one call routes and computes.
+
+It serves calls without gradients for as long as the layer is what was packed. Whatever else is
+asked of the layer, such as the record of its routing, runs as if it were not there.
+
+Shapes: T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.nn.experts._base import Experts
+from moesaic.nn.layer import MoELayer
+from moesaic.ops.cpu.ffn import PackedFfn, PackedRouter
+from moesaic.ops.cpu.operators import Sources, version_of
+from moesaic.ops.cpu.packed import Format, PackedExperts, PackedLinear, supports
+
+logger = logging.getLogger(__name__)
+_said: set[str] = set()
+
+
+def why_not_packed(layer: MoELayer) -> str:
+    """What native code cannot do of a layer, as a verb and what follows; empty where it can.
+
+    A router that it does not know is no reason: it can be asked in torch between two calls.
+    """
+    config = layer.config
+    if layer.free is not None:
+        return f"has free experts ({', '.join(layer.free.kinds)})"
+    if config.iterations > 1 or config.iteration_residual != "none":
+        return (
+            f"runs {config.iterations} times in a row with residual "
+            f"{config.iteration_residual!r}"
+        )
+    if config.reuse > 1:
+        return f"uses the experts of {config.reuse} layers"
+    for part in (layer.experts, layer.shared):
+        if part is not None and not computes_weights(part):
+            return f"has experts of the kind {config.experts!r}"
+    return ""
+
+
+def computes_weights(experts: Experts) -> bool:
+    """Whether experts compute what their weights say and no more."""
+    kind = type(experts)
+    return kind.forward is Experts.forward and kind.dense is Experts.dense
+
+
+def pack_ffn(layer: MoELayer, weight_format: Format) -> PackedFfn:
+    """Pack what native code can run of a layer; without a router where that has to be asked.
+
+    Args:
+        layer: One that `why_not_packed` finds nothing against.
+        weight_format: Of all but the router, which is not rounded.
+    """
+
+    def packed(experts: Experts | None) -> PackedExperts | None:
+        return None if experts is None else PackedExperts(experts.weights(), weight_format)
+
+    return _assembled(layer, weight_format, packed(layer.experts), packed(layer.shared))
+
+
+def _assembled(
+    layer: MoELayer,
+    weight_format: Format,
+    experts: PackedExperts | None,
+    shared: PackedExperts | None,
+) -> PackedFfn:
+    choice = None if layer.router is None else layer.router.choice()
+    router = None
+    if choice is not None and layer.router is not None:
+        router = PackedRouter(layer.router.score_map(), choice)
+    bypass = None
+    if layer.bypass is not None:
+        down, up = layer.bypass.down_proj, layer.bypass.up_proj
+        bypass = (
+            PackedLinear(down.weight, None, weight_format),
+            PackedLinear(up.weight, up.bias, weight_format),
+        )
+    return PackedFfn(
+        router=router,
+        experts=experts,
+        shared=shared,
+        output_bias_D=layer.output_bias,
+        bypass=bypass,
+    )
+
+
+class PackedLayer:
+    """The copy of a layer, and whether it still is one.
+
+    Args:
+        layer: One whose experts are packed, with a router that native code knows, if any.
+        weight_format: Of the bypass.
+    """
+
+    def __init__(self, layer: MoELayer, weight_format: Format) -> None:
+        parts = [None if part is None else part.packed for part in (layer.experts, layer.shared)]
+        self._ffn = _assembled(layer, weight_format, *parts)  # type: ignore[arg-type]
+        self._router = layer.router
+        self._experts = [part for part in (layer.experts, layer.shared) if part is not None]
+        modules = list(layer.modules())
+        # Dictionaries of modules, read at every call: asking the modules would take longer than
+        # routing.
+        self._children = [
+            (module._modules, name, child)
+            for module in modules
+            for name, child in module._modules.items()
+        ]
+        self._hooks = [
+            hooks
+            for module in modules[1:]
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self._tensors: list[tuple[dict[str, Any], str, Tensor, int]] = [
+            (store, name, tensor, tensor.data_ptr())
+            for module in modules
+            for store in (module._parameters, module._buffers)
+            for name, tensor in store.items()
+            if tensor is not None
+        ]
+        tensors = [tensor for _, _, tensor, _ in self._tensors]
+        self._sources = Sources(tensors, [version_of(tensor) for tensor in tensors])
+
+    def __call__(self, h_TD: Tensor) -> Tensor:
+        """Apply the layer to tokens, [T, D] to [T, D]."""
+        return self._ffn(h_TD, self._sources)
+
+    def serves(self, layer: MoELayer, h_TD: Tensor) -> bool:
+        """Whether the call wants nothing else, and the layer is still what was packed."""
+        if torch.is_grad_enabled() or layer.training or layer.all_on or not h_TD.is_cpu:
+            return False
+        for hooks in self._hooks:
+            if hooks:
+                return False
+        for experts in self._experts:
+            if experts.backend not in ("auto", "native"):
+                return False
+        if not self._is_copy():
+            _once(
+                "a layer changed since it was packed, so its one native call stays unused; pack "
+                "again"
+            )
+            return False
+        if self._router is not None:
+            choice = self._router.choice()
+            if choice is None:
+                return False
+            if choice != self._ffn.choice:
+                self._ffn.decide_by(choice)
+        return True
+
+    def _is_copy(self) -> bool:
+        for modules, name, child in self._children:
+            if modules.get(name) is not child:
+                return False
+        for store, name, tensor, _ in self._tensors:
+            if store.get(name) is not tensor:
+                return False
+        # A graph being made has no addresses; it checks versions whenever it runs.
+        if torch.compiler.is_compiling():
+            return True
+        for (_, _, tensor, address), version in zip(
+            self._tensors, self._sources.versions, strict=True
+        ):
+            if tensor.data_ptr() != address or version_of(tensor) != version:
+                return False
+        return True
+
+
+def pack_layer(layer: MoELayer, weight_format: Format) -> PackedLayer | None:
+    """Make the one call of a layer whose experts are packed; says so where there is none."""
+    reason = why_not_packed(layer)
+    if not reason and layer.router is not None and layer.router.choice() is None:
+        reason = f"has the router {layer.config.router!r}, which has no native code"
+    if reason:
+        _once(f"experts run natively, but each layer in several calls: it {reason}")
+        return None
+    return PackedLayer(layer, weight_format)
+
+
+def _once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.info("%s", message)

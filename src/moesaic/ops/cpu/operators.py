@@ -1,0 +1,130 @@
+"""The native code as operators of torch, which its compiler and its export keep whole.
+
+`moesaic::experts` and `moesaic::layer` take a packed struct apart: its tensors in the order of its
+pointers, then its integers and its other numbers. In plain eager mode the packed objects call
+native code themselves, since torch's dispatch to Python costs more than routing a token.
+
+Inference only: a gradient is refused. A graph is of this machine, whose registers decide how
+weights are packed; another kind refuses it.
+
+Shapes: T tokens, K slots per token, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesaic._errors import InputError, RunError
+from moesaic.ops.cpu import library, structs
+from moesaic.ops.cpu.run import run_experts, run_layer
+
+_PACKED = "Tensor?[] parts, int[] sizes, float[] numbers, int lanes"
+_CHECKED = "Tensor[] sources, int[] versions"
+_LIBRARY = torch.library.Library("moesaic", "DEF")
+
+
+class Sources(NamedTuple):
+    """Weights behind a packed copy, and what their versions were when they were packed."""
+
+    tensors: Sequence[Tensor]
+    versions: Sequence[int]
+
+
+NO_SOURCES = Sources((), ())
+
+
+def version_of(x: Tensor) -> int:
+    """Changes with every change in place; tensors of inference mode do not count theirs."""
+    return 0 if x.is_inference() else x._version
+
+
+def traced(h_TD: Tensor) -> bool:
+    """Whether a graph is being made, or the tensor only stands for one."""
+    return torch.compiler.is_compiling() or type(h_TD) is not Tensor
+
+
+def experts(
+    struct: structs.Experts,
+    parts: Sequence[Tensor | None],
+    h_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    sources: Sources,
+) -> Tensor:
+    """Call `moesaic::experts`; see `run_experts`."""
+    out: Tensor = torch.ops.moesaic.experts(
+        h_TD, ids_TK, weights_TK, *_taken_apart(struct, parts, sources)
+    )
+    return out
+
+
+def layer(
+    struct: structs.Ffn, parts: Sequence[Tensor | None], h_TD: Tensor, sources: Sources
+) -> Tensor:
+    """Call `moesaic::layer`; see `run_layer`."""
+    out: Tensor = torch.ops.moesaic.layer(h_TD, *_taken_apart(struct, parts, sources))
+    return out
+
+
+def _taken_apart(struct: Any, parts: Sequence[Tensor | None], sources: Sources) -> tuple[Any, ...]:
+    sizes, numbers = structs.numbers_of(struct)
+    # What is exported holds its own weights, of which nothing else is a source.
+    kept = NO_SOURCES if torch.compiler.is_exporting() else sources
+    lanes = int(library.library().moesaic_lanes())
+    return list(parts), sizes, numbers, lanes, list(kept.tensors), list(kept.versions)
+
+
+def _together(kind: Any, parts: Any, sizes: Any, numbers: Any, lanes: int) -> Any:
+    here = int(library.library().moesaic_lanes())
+    if lanes != here:
+        raise RunError(
+            f"this graph has weights packed for registers of {lanes} floats and this machine's "
+            f"have {here}; export it here"
+        )
+    return structs.rebuilt(kind, [None if x is None else x.data_ptr() for x in parts], sizes, numbers)
+
+
+def _check_sources(sources: Sequence[Tensor], versions: Sequence[int]) -> None:
+    if [version_of(x) for x in sources] != list(versions):
+        raise RunError(
+            "the weights changed since they were packed, and this compiled graph has the copy; run "
+            "moesaic.inference.pack_experts and compile again"
+        )
+
+
+def _experts_cpu(
+    h: Tensor, ids: Tensor, weights: Tensor, *rest: Any
+) -> Tensor:
+    *packed, sources, versions = rest
+    _check_sources(sources, versions)
+    return run_experts(_together(structs.Experts, *packed), h, ids, weights)
+
+
+def _layer_cpu(h: Tensor, *rest: Any) -> Tensor:
+    *packed, sources, versions = rest
+    _check_sources(sources, versions)
+    return run_layer(_together(structs.Ffn, *packed), h)
+
+
+def _like_rows(h: Tensor, *rest: Any) -> Tensor:
+    return h.new_empty(h.shape)
+
+
+def _no_gradient(ctx: Any, *gradients: Any) -> Any:
+    raise InputError(
+        "packed weights give no gradient; call under torch.no_grad(), or train without packing"
+    )
+
+
+for _name, _inputs, _function in (
+    ("experts", "Tensor h, Tensor ids, Tensor weights", _experts_cpu),
+    ("layer", "Tensor h", _layer_cpu),
+):
+    _LIBRARY.define(f"{_name}({_inputs}, {_PACKED}, {_CHECKED}) -> Tensor")
+    _LIBRARY.impl(_name, _function, "CPU")
+    torch.library.register_fake(f"moesaic::{_name}", _like_rows, lib=_LIBRARY)
+    torch.library.register_autograd(f"moesaic::{_name}", _no_gradient, lib=_LIBRARY)
