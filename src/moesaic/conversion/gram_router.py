@@ -128,7 +128,8 @@ class BlockErrors:
             h_TD: The inputs, [T, D].
             experts: The same blocks with other thresholds.
         """
-        self._a_TEF = _neurons(experts.cut_inputs(h_TD), experts.weights())
+        weights = experts.weights()
+        self._a_TEF = _neurons(weights.cut_inputs(h_TD), weights)
 
     @torch.no_grad()
     def missing(self, tokens_B: Tensor, weights_BE: Tensor) -> Tensor:

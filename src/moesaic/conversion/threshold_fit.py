@@ -44,7 +44,7 @@ def fit_thresholds(
     inputs = 0.0 if kept.inputs == 1.0 else _threshold(h_BD.abs(), kept.inputs)
     experts.set_thresholds(inputs, 0.0)
     weights = experts.weights()
-    x_BD = experts.cut_inputs(h_BD).to(weights.up.dtype)
+    x_BD = weights.cut_inputs(h_BD).to(weights.up.dtype)
     length_EF = weights.down.float().norm(dim=1).clamp(min=_TINY)
 
     gates_EF: Tensor | float = 0.0

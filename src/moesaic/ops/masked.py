@@ -96,7 +96,7 @@ class _Rule(NamedTuple):
         """Where neurons of a chunk count as zero, [C, T, F] bool; none without thresholds."""
         if self.thresholds is None:
             return None
-        neuron_EF, gate_EF = self.thresholds
+        _, neuron_EF, gate_EF = self.thresholds
         small_CTF = neurons_CTF.abs() <= neuron_EF[part].unsqueeze(1)
         if gate_EF is not None:
             small_CTF |= act_CTF.abs() <= gate_EF[part].unsqueeze(1)

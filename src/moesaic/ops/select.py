@@ -97,6 +97,7 @@ def apply_experts(
                 "backend 'native' needs packed weights; see moesaic.inference.pack_experts"
             )
         return weights.packed(h_TD, ids_TK, weights_TK, weights)
+    h_TD = weights.cut_inputs(h_TD)
     if backend == "triton":
         return _experts_triton()(h_TD, ids_TK, weights_TK, weights)
     if backend == "masked":

@@ -65,14 +65,16 @@ class Packed(Protocol):
 
 
 class Thresholds(NamedTuple):
-    """Magnitudes that neurons must exceed; what does not counts as zero.
+    """Magnitudes that must be exceeded; what does not exceed its own counts as zero.
 
     Attributes:
+        input: Of the inputs of the up product, a scalar.
         neuron_EF: Of a neuron, the input of the down product, [E, F].
         gate_EF: Of a gate after its activation, [E, F]; none in plain experts. The up row of a gate
             that is left out need not be read.
     """
 
+    input: Tensor
     neuron_EF: Tensor
     gate_EF: Tensor | None = None
 
@@ -95,7 +97,8 @@ class ExpertWeights(NamedTuple):
         down_bias: [E, D], or none; scaled by the slot's weight like the rest of the output.
         glu: Maps the up product of one expert to its neurons where no activation's name can.
         packed: The same weights once more, in the order in which the native CPU code reads them.
-        thresholds: What neurons must exceed, or none; of experts with an activation's name.
+        thresholds: What inputs, gates and neurons must exceed, or none; of experts with an
+            activation's name.
     """
 
     up: Tensor
@@ -117,6 +120,10 @@ class ExpertWeights(NamedTuple):
     def width(self) -> int:
         """F, the neurons of one expert."""
         return self.down.shape[2]
+
+    def cut_inputs(self, h_TD: Tensor) -> Tensor:
+        """What the up product reads of the inputs, [T, D]: zero where that is small."""
+        return h_TD if self.thresholds is None else keep_large(h_TD, self.thresholds.input)
 
     def activate(self, z: Tensor, experts: Tensor | slice | int = slice(None)) -> Tensor:
         """Map the up product to neurons.

@@ -91,11 +91,8 @@ class Experts(nn.Module, ABC):
 
     def dense(self, h_TD: Tensor, state: RouterState | None = None) -> Tensor:
         """Sum all experts at weight one: the dense FFN, [T, D]."""
-        return experts_masked(h_TD, None, self.weights())
-
-    def cut_inputs(self, h_TD: Tensor) -> Tensor:
-        """What the up product reads of the inputs, [T, D]: all, as a rule."""
-        return h_TD
+        weights = self.weights()
+        return experts_masked(weights.cut_inputs(h_TD), None, weights)
 
     def own_weights(self) -> int:
         """Weights of the matrices of one expert that no other has."""

@@ -26,9 +26,7 @@ from moesaic._errors import InputError
 from moesaic.nn.experts._base import Experts, ExpertsConfig
 from moesaic.nn.experts.gated import GatedExperts
 from moesaic.nn.experts.plain import PlainExperts
-from moesaic.nn.routers._base import RouterState
-from moesaic.nn.routing import Routing
-from moesaic.ops.weights import ExpertWeights, Thresholds, keep_large
+from moesaic.ops.weights import ExpertWeights, Thresholds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,20 +79,6 @@ class Thresholded(Experts):
         if self.gate_threshold is not None:
             self.gate_threshold.copy_(torch.as_tensor(gates))
 
-    def forward(
-        self, h_TD: Tensor, routing: Routing | None = None, state: RouterState | None = None
-    ) -> Tensor:
-        """Compute the experts on what is large of the inputs and of the neurons, [T, D]."""
-        return super().forward(self.cut_inputs(h_TD), routing, state)
-
-    def dense(self, h_TD: Tensor, state: RouterState | None = None) -> Tensor:
-        """Sum all experts at weight one, thresholds included, [T, D]."""
-        return super().dense(self.cut_inputs(h_TD), state)
-
-    def cut_inputs(self, h_TD: Tensor) -> Tensor:
-        """Inputs that exceed their threshold, [T, D]; zero where they do not."""
-        return keep_large(h_TD, self.input_threshold)
-
     def keep(self, **parts: float) -> None:
         """Say what the thresholds are to be set for: fields of `ThresholdedConfig`."""
         self.kept = replace(ThresholdedConfig(), **parts)
@@ -115,8 +99,8 @@ class Thresholded(Experts):
 
     def used_TE(self, h_TD: Tensor) -> Tensor:
         """Share of an expert's weights that are multiplied with no zero, [T, E] float64."""
-        x_TD = self.cut_inputs(h_TD)
         weights = self.weights()
+        x_TD = weights.cut_inputs(h_TD)
         bias = None if weights.up_bias is None else weights.up_bias.flatten()
         z_TM = nnf.linear(x_TD, weights.up.flatten(0, 1), bias)
         z_TER = z_TM.unflatten(1, (self.num_experts, -1))
@@ -133,7 +117,8 @@ class Thresholded(Experts):
         return used_TE * num_experts / (weights.up.numel() + weights.down.numel())
 
     def _with_thresholds(self, weights: ExpertWeights) -> ExpertWeights:
-        return weights._replace(thresholds=Thresholds(self.neuron_threshold, self.gate_threshold))
+        thresholds = Thresholds(self.input_threshold, self.neuron_threshold, self.gate_threshold)
+        return weights._replace(thresholds=thresholds)
 
     def _add_thresholds(self, config: ExpertsConfig, *, gated: bool) -> None:
         # Whoever has no thresholds in mind gives the settings that all kinds have.
@@ -160,7 +145,7 @@ class ThresholdedGatedExperts(Thresholded, GatedExperts):
         self._add_thresholds(config, gated=True)
 
     def weights(self) -> ExpertWeights:
-        """Give the weights and the thresholds of neurons; whoever calls them cuts the input."""
+        """Give the weights and the thresholds to an expert path."""
         return self._with_thresholds(super().weights())
 
 
@@ -179,5 +164,5 @@ class ThresholdedPlainExperts(Thresholded, PlainExperts):
         self._add_thresholds(config, gated=False)
 
     def weights(self) -> ExpertWeights:
-        """Give the weights and the thresholds of neurons; whoever calls them cuts the input."""
+        """Give the weights and the thresholds to an expert path."""
         return self._with_thresholds(super().weights())

@@ -33,6 +33,9 @@ struct Experts {
   const float* down_scale;  // [E, D] or null
   const float* up_bias;     // as up_scale
   const float* down_bias;   // [E, D] or null
+  // Null, or [E, F]: what neurons must exceed; `up` and `down` then lie as neurons.h says.
+  const float* neuron_limits;
+  const float* gate_limits;  // as that, of gates; null if plain
   int64_t experts;
   int64_t width;   // F, padded
   int64_t inputs;  // D, not padded
@@ -40,6 +43,7 @@ struct Experts {
   int64_t format;
   int64_t activation;
   int64_t gated;
+  double input_limit;
 };
 
 // The order is that of `_FORMATS` in packed.py.
@@ -235,7 +239,7 @@ struct Slots {
 // out_TD = sum over slots of weight * down(act(gate x) * (up x)), or added to out.
 // `neurons` has room for [N, F] floats, `scratch` and `ready` are as in rows_of. Experts are added
 // in ascending order.
-inline void apply_experts(const Experts& e, const Slots& slots, const float* x, int64_t stride,
+inline void apply_panels(const Experts& e, const Slots& slots, const float* x, int64_t stride,
                           int64_t T, uint32_t* scratch, float* neurons, float* out,
                           int64_t out_stride, bool add, bool ready = false) {
   const int64_t F = e.width, per_panel = e.gated ? LANES : WIDE;

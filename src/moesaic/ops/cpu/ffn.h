@@ -88,12 +88,12 @@ inline void apply_ffn(const Ffn& f, const float* x, int64_t stride, int64_t T, i
   if (f.experts.experts) {
     apply_experts(f.experts, work.slots, x, stride, T, rounded, neurons, out, out_stride, add);
     add = true;
-    ready = f.experts.format == BFLOAT16_DOT;
+    ready = leaves_rounded(f.experts);
   }
   if (f.shared.experts) {
     apply_experts(f.shared, work.all, x, stride, T, rounded, neurons, out, out_stride, add, ready);
     add = true;
-    ready |= f.shared.format == BFLOAT16_DOT;
+    ready |= leaves_rounded(f.shared);
   }
   if (f.bypass_down.panels) {
     const int64_t rank = f.bypass_down.outputs;

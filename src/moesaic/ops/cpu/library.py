@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _HERE = Path(__file__).resolve().parent
 _SOURCES = (
     "kernels.cpp",
-    *("decoder.h", "ffn.h", "routing.h", "experts.h", "activations.h", "panels.h"),
+    *("decoder.h", "ffn.h", "routing.h", "neurons.h", "experts.h", "activations.h", "panels.h"),
 )
 _FLAGS = (
     *("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC"),

@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include "slots.h"
+#include "experts.h"
 
 namespace {
 
@@ -53,8 +53,8 @@ inline void dots(const char* row, int64_t row_bytes, int64_t steps, const float*
       W::read(at, wlo, whi);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        lo[n][m] = product(load(x + m * stride), wlo, lo[n][m]);
-        hi[n][m] = product(load(x + m * stride + LANES), whi, hi[n][m]);
+        lo[n][m] = fused(load(x + m * stride), wlo, lo[n][m]);
+        hi[n][m] = fused(load(x + m * stride + LANES), whi, hi[n][m]);
       }
     }
   }
@@ -186,7 +186,7 @@ inline void add_rows(const Experts& e, int64_t expert, int64_t first, int64_t la
   }
 }
 
-// As apply_experts. Called by all threads.
+// As apply_panels, for experts with thresholds.
 inline void apply_neurons(const Experts& e, const Slots& slots, const float* x, int64_t x_stride,
                           int64_t T, float* neurons, float* out, int64_t out_stride, bool add) {
   const int64_t F = e.width, groups = (F + GROUP - 1) / GROUP, tiles = e.outputs / WIDE;
@@ -258,6 +258,19 @@ inline void apply_neurons(const Experts& e, const Slots& slots, const float* x, 
       }
     });
   });
+}
+
+// out_TD = sum over slots of weight * down(act(gate x) * (up x)), or added to out; see apply_panels.
+inline void apply_experts(const Experts& e, const Slots& slots, const float* x, int64_t stride,
+                          int64_t T, uint32_t* scratch, float* neurons, float* out,
+                          int64_t out_stride, bool add, bool ready = false) {
+  if (e.neuron_limits) apply_neurons(e, slots, x, stride, T, neurons, out, out_stride, add);
+  else apply_panels(e, slots, x, stride, T, scratch, neurons, out, out_stride, add, ready);
+}
+
+// Whether scratch holds the rounded inputs of experts that were applied.
+inline bool leaves_rounded(const Experts& e) {
+  return e.format == BFLOAT16_DOT && !e.neuron_limits;
 }
 
 }  // namespace

@@ -2,7 +2,8 @@
 
 A panel holds two registers' worth of outputs for all inputs (see panels.h). The gate and the up
 row of a neuron stand side by side in one, so that its activation needs no second pass; the down
-matrix is stored input by input, so the rows of a block are contiguous however small it is.
+matrix is stored input by input, so the rows of a block are contiguous however small it is. Experts
+with thresholds lie neuron by neuron instead (see neurons.h).
 
 Shapes: T tokens, K slots per token, E experts, F width of one expert, D model width, I inputs,
 O outputs, L floats of a register, P panels.
@@ -10,7 +11,8 @@ O outputs, L floats of a register, P panels.
 
 from __future__ import annotations
 
-from typing import Literal
+import ctypes
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -20,7 +22,7 @@ from moesaic._errors import InputError
 from moesaic.ops.cpu import library, operators, structs
 from moesaic.ops.cpu.run import on_cpu, run_experts, run_linear
 from moesaic.ops.huge_pages import in_huge_pages
-from moesaic.ops.weights import ExpertWeights
+from moesaic.ops.weights import ExpertWeights, Thresholds
 
 # What the weights are. They multiply float32, but `bfloat16-dot` rounds what it multiplies too, as
 # torch does in bfloat16.
@@ -109,40 +111,31 @@ class PackedExperts:
                 f"activation {weights.activation or 'of its own'!r} has no native code; "
                 f"{', '.join(sorted(_ACTIVATIONS))} have"
             )
-        per_register = lanes()
-        num_experts, dim, _ = on_cpu(weights.down).shape
-        per_panel = per_register if weights.gated else 2 * per_register
-        up_PRI = _rows(weights.up, weights.gated, per_panel)
-        down_EOF = _pad(_pad(weights.down, 1, 2 * per_register), 2, per_panel)
+        num_experts, dim, width = on_cpu(weights.down).shape
         self.num_experts, self.dim = num_experts, dim
         self._packed_from = _versions(weights)
-        self._up, self._up_scale = _pack(up_PRI, weight_format)
-        down_PRF = down_EOF.reshape(-1, 2 * per_register, down_EOF.shape[2])
-        self._down, self._down_scale = _pack(down_PRF, weight_format)
-        self._up_bias, self._down_bias = None, None
-        if weights.up_bias is not None:
-            self._up_bias = _rows(weights.up_bias.detach().float(), weights.gated, per_panel).contiguous()
+        limits = weights.thresholds
+        matrices = _in_panels if limits is None else _in_rows
+        packed = matrices(weights, weight_format)
+        down_bias_EO = None
         if weights.down_bias is not None:
-            self._down_bias = _pad(weights.down_bias.detach().float(), 1, 2 * per_register).contiguous()
+            down_bias_EO = _pad(weights.down_bias.detach().float(), 1, 2 * lanes()).contiguous()
         # In the order of the struct's pointers.
         self.parts = [
-            *(self._up, self._down),
-            *(self._up_scale, self._down_scale, self._up_bias, self._down_bias),
+            *(packed.up, packed.down, packed.up_scale, packed.down_scale, packed.up_bias),
+            *(down_bias_EO, *((None, None) if limits is None else _floats(limits))),
         ]
+        pointers = [name for name, kind in structs.Experts._fields_ if kind is ctypes.c_void_p]
         self.struct = structs.Experts(
-            up=self._up.data_ptr(),
-            down=self._down.data_ptr(),
-            up_scale=pointer(self._up_scale),
-            down_scale=pointer(self._down_scale),
-            up_bias=pointer(self._up_bias),
-            down_bias=pointer(self._down_bias),
+            **dict(zip(pointers, map(pointer, self.parts), strict=True)),
             experts=num_experts,
-            width=down_EOF.shape[2],
+            width=packed.width,
             inputs=dim,
-            outputs=down_EOF.shape[1],
+            outputs=-(-dim // (2 * lanes())) * 2 * lanes(),
             format=_FORMATS.index(weight_format),
             activation=_ACTIVATIONS[weights.activation],
             gated=weights.gated,
+            input_limit=-1.0 if limits is None else float(limits.input),
         )
 
     def __call__(
@@ -179,8 +172,7 @@ class PackedExperts:
     @property
     def num_bytes(self) -> int:
         """Bytes of the packed matrices, scales included."""
-        tensors = (self._up, self._down, self._up_scale, self._down_scale)
-        return sum(x.nbytes for x in tensors if x is not None)
+        return sum(x.nbytes for x in self.parts[:4] if x is not None)
 
 
 def lanes() -> int:
@@ -195,7 +187,7 @@ def has_dot() -> bool:
 
 def _tensors(weights: ExpertWeights) -> list[Tensor]:
     tensors = (weights.up, weights.down, weights.up_bias, weights.down_bias)
-    return [x for x in tensors if x is not None]
+    return [x for x in (*tensors, *(weights.thresholds or ())) if x is not None]
 
 
 def _versions(weights: ExpertWeights) -> list[tuple[int, int]]:
@@ -205,6 +197,65 @@ def _versions(weights: ExpertWeights) -> list[tuple[int, int]]:
 def pointer(x: Tensor | None) -> int | None:
     """Where a tensor is; none for none."""
     return None if x is None else x.data_ptr()
+
+
+class _Matrices(NamedTuple):
+    """The matrices of experts as they are read, and their width F, padded or not."""
+
+    up: Tensor
+    down: Tensor
+    up_scale: Tensor | None
+    down_scale: Tensor | None
+    up_bias: Tensor | None
+    width: int
+
+
+def _in_panels(weights: ExpertWeights, weight_format: Format) -> _Matrices:
+    """Store matrices panel by panel."""
+    per_register = lanes()
+    per_panel = per_register if weights.gated else 2 * per_register
+    up, up_scale = _pack(_rows(weights.up, weights.gated, per_panel), weight_format)
+    down_EOF = _pad(_pad(weights.down, 1, 2 * per_register), 2, per_panel)
+    down_PRF = down_EOF.reshape(-1, 2 * per_register, down_EOF.shape[2])
+    down, down_scale = _pack(down_PRF, weight_format)
+    up_bias = None
+    if weights.up_bias is not None:
+        bias = weights.up_bias.detach().float()
+        up_bias = _rows(bias, weights.gated, per_panel).contiguous()
+    return _Matrices(up, down, up_scale, down_scale, up_bias, down_EOF.shape[2])
+
+
+def _in_rows(weights: ExpertWeights, weight_format: Format) -> _Matrices:
+    """Store matrices neuron by neuron, as neurons.h reads them."""
+    wide = 2 * lanes()
+    up_NI = _pad(weights.up.detach().flatten(0, 1), 1, wide)
+    down_EFO = _pad(weights.down.detach().transpose(1, 2), 2, wide)
+    up_scale, down_scale = None, None
+    if weight_format == "int8":
+        up_scale = up_NI.float().abs().amax(1).clamp(min=1e-30) / 127
+        down_scale = down_EFO.float().abs().amax(1).clamp(min=1e-30) / 127
+        up_NI = (up_NI.float() / up_scale.unsqueeze(1)).round()
+        down_EFO = (down_EFO.float() / down_scale.unsqueeze(1)).round()
+
+    def steps(rows_NI: Tensor) -> Tensor:
+        if weight_format == "int8":
+            return in_huge_pages(rows_NI.to(torch.int8))
+        if weight_format == "float32":
+            return in_huge_pages(rows_NI.float())
+        # Words of 32 bits: the lower half belongs to the first L values of a step.
+        halves = rows_NI.bfloat16().reshape(-1, 2, wide // 2)
+        return in_huge_pages(halves.transpose(1, 2))
+
+    up_bias = None if weights.up_bias is None else weights.up_bias.detach().float().contiguous()
+    down = steps(down_EFO.flatten(0, 1))
+    return _Matrices(steps(up_NI), down, up_scale, down_scale, up_bias, weights.width)
+
+
+def _floats(limits: Thresholds) -> tuple[Tensor, Tensor | None]:
+    neuron_EF = limits.neuron_EF.detach().float().contiguous()
+    if limits.gate_EF is None:
+        return neuron_EF, None
+    return neuron_EF, limits.gate_EF.detach().float().contiguous()
 
 
 def _pad(x: Tensor, dim: int, multiple: int) -> Tensor:

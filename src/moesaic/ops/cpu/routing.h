@@ -7,7 +7,7 @@
 #include <limits>
 #include <utility>
 
-#include "experts.h"
+#include "neurons.h"
 
 namespace {
 

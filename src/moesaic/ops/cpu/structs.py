@@ -35,6 +35,8 @@ class Experts(ctypes.Structure):
         ("down_scale", _POINTER),
         ("up_bias", _POINTER),
         ("down_bias", _POINTER),
+        ("neuron_limits", _POINTER),
+        ("gate_limits", _POINTER),
         ("experts", _INT),
         ("width", _INT),
         ("inputs", _INT),
@@ -42,6 +44,7 @@ class Experts(ctypes.Structure):
         ("format", _INT),
         ("activation", _INT),
         ("gated", _INT),
+        ("input_limit", _DOUBLE),
     ]
 
 

@@ -54,6 +54,8 @@ def why_not(h_TD: Tensor, weights: ExpertWeights) -> str | None:
             f"the triton path needs an activation of {sorted(_ACTIVATIONS)}, got "
             f"{weights.activation or 'a function'}; use the grouped path"
         )
+    if weights.thresholds is not None:
+        return "the triton path knows no thresholds of neurons; use the grouped path"
     tensors = [h_TD, weights.up, weights.down, weights.up_bias, weights.down_bias]
     dtypes = {_compute_dtype(x) for x in tensors if x is not None}
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
