@@ -70,7 +70,7 @@ class DSMoE:
             where routers are fitted. Its weights count into `active`.
         kept: Part of the weights of a block that is on which a token uses: gates and neurons under
             thresholds, fitted to the calibration inputs, count as zero. What that saves lets more
-            blocks be on. 1 for none (the paper). If not given, more where more of a layer is used.
+            blocks be on. 1 for none (the paper). If not given, more with a larger `active`.
         inputs: Part of the inputs that gate and up read, likewise. Loses less still at the same
             count of weights, but columns of a matrix are not read apart by any code of ours, so it
             saves no time; for those who compare with what counts them.
@@ -161,13 +161,12 @@ class DSMoE:
             return self.bypass
         return width // 48 if self.init == "gram" and self.active < 1.0 else 0
 
-    def kept_parts(self, share: float, *, gated: bool) -> dict[str, float]:
+    def kept_parts(self, *, gated: bool) -> dict[str, float]:
         """Parts of the inputs, and of a block's gates and neurons, that thresholds are to keep.
 
         What a gate decides is a guess, so more of the gates are kept than of the neurons.
 
         Args:
-            share: Of the weights of a layer's blocks that is to be used, in (0, 1].
             gated: Whether there are gates.
 
         Returns:
@@ -178,7 +177,7 @@ class DSMoE:
         if self.kept == 1.0 and self.inputs == 1.0:
             return {}
         # Found best at a quarter, a half and three quarters of three layers of a small model.
-        kept = 0.55 + 0.45 * share if self.kept is None else self.kept
+        kept = 0.55 + 0.4 * self.active if self.kept is None else self.kept
         if not gated:
             return {"inputs": self.inputs, "neurons": min(1.0, 2 * kept - self.inputs)}
         rest = (3 * kept - self.inputs) / (0.57 * self.inputs + 0.43)
@@ -299,14 +298,14 @@ def settle(
     """
     width = dense_ffn_width(model.config)
     layers = moe_layers(model)
-    shares = [shape.weights_on(config.active) for shape in layer_shapes(model, width)]
-    if config.allocation == "sensitivity":
-        shares = allocate(stats.sensitivity, fits, FRACTIONS, sum(shares) / len(shares))
-    for layer, share, plain in zip(layers, shares, model.config.moesaic["layers"], strict=True):
+    for layer, plain in zip(layers, model.config.moesaic["layers"], strict=True):
         if isinstance(layer.experts, Thresholded):
             gated = layer.experts.gate_threshold is not None
-            layer.experts.keep(**config.kept_parts(share, gated=gated))
+            layer.experts.keep(**config.kept_parts(gated=gated))
             plain["experts_options"] = layer.experts.kept_options()
+    shares = [shape.experts_on(config.active) for shape in layer_shapes(model, width)]
+    if config.allocation == "sensitivity":
+        shares = allocate(stats.sensitivity, fits, FRACTIONS, sum(shares) / len(shares))
     ids_NS = stats.whole()["tokens.ids_NS"].long()
     left = [
         _settle_layer(layers[visit.index], visit.h_TD, shares[visit.index], config)
@@ -316,7 +315,7 @@ def settle(
         model.config.moesaic["exact"] = False
     return {
         "active_per_layer": [
-            round(shape.fraction(shape.num_experts * share), 4)
+            round(shape.expected_fraction(shape.num_experts * share), 4)
             for shape, share in zip(layer_shapes(model, width), shares, strict=True)
         ],
         "error_per_layer": [round(error, 5) for error in left],
@@ -325,12 +324,12 @@ def settle(
 
 @torch.no_grad()
 def _settle_layer(moe: MoELayer, h_TD: Tensor, share: float, config: DSMoE) -> float:
-    """Use a share of the weights of a layer's blocks and fit the rest to that; gives the error."""
+    """Put a share of a layer's blocks on and fit the rest to that; gives the error left."""
     assert isinstance(moe.router, SigmoidThreshold)
     assert moe.experts is not None
     num_neurons = moe.experts.num_experts * moe.experts.width
     sample = Sample.draw(h_TD, num_neurons, config.seed)
-    move_bias(moe.router, sample.h_TD, min(1.0, share / moe.experts.expected_share()))
+    move_bias(moe.router, sample.h_TD, share)
     if isinstance(moe.experts, Thresholded):
         moe.experts.set_thresholds(0.0, 0.0)
     errors = BlockErrors(sample.h_TD, moe.experts)
@@ -361,7 +360,7 @@ def _describe(ffn: FFN, config: DSMoE) -> LayerConfig:
             f"bypass must be at most {most} for layers of {dim} x {ffn.width} with active="
             f"{config.active}, got {rank}; lower it or raise active"
         )
-    kept = config.kept_parts(config.active, gated=ffn.gate_FD is not None)
+    kept = config.kept_parts(gated=ffn.gate_FD is not None)
     return expert_layer(
         ffn,
         prefix="thresholded-" if kept else "",

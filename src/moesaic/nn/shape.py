@@ -58,14 +58,11 @@ class LayerShape:
         """Weights in use over dense ones when experts that are on use what is expected of them."""
         return self.fraction(active_experts * self.expected_share)
 
-    def weights_on(self, fraction: float) -> float:
-        """Share of the experts' weights that an active fraction leaves room for, in [0, 1]."""
-        room = fraction * self.dense_width / self.iterations - self.shared_width - self.bypass_width
-        return min(1.0, max(0.0, room / (self.num_experts * self.width)))
-
     def experts_on(self, fraction: float) -> float:
-        """Share of the experts that may be on at an active fraction, in [0, 1]."""
-        return min(1.0, self.weights_on(fraction) / self.expected_share)
+        """Share of the experts that an active fraction leaves room for, in [0, 1]."""
+        room = fraction * self.dense_width / self.iterations - self.shared_width - self.bypass_width
+        whole = self.num_experts * self.width * self.expected_share
+        return min(1.0, max(0.0, room / whole))
 
     def unused(self, fraction: float) -> float:
         """Neurons' worth of this layer's weights that are not in use at an active fraction."""

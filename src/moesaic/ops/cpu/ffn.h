@@ -35,7 +35,7 @@ inline void prepare(const Ffn& f, int64_t T, FfnWork& work) {
   for (const Linear& w : {f.router.scores, f.bypass_down, f.bypass_up})
     FfnWork::at_least(work.rounded, scratch_words(w.format, T, w.inputs));
   for (const Experts& e : {f.experts, f.shared})
-    FfnWork::at_least(work.rounded, scratch_words(e.format, T, e.inputs));
+    FfnWork::at_least(work.rounded, scratch_words(e, T));
   FfnWork::at_least(work.low, T * f.bypass_down.outputs);
   if (f.router.scores.panels) FfnWork::at_least(work.scores, T * f.router.scores.outputs);
 }

@@ -101,7 +101,7 @@ int moesaic_experts(const Experts* e, const void* x, int64_t bfloat16, const int
     in_parts(*e, x, bfloat16, T, work, out, [&](int64_t first, int64_t tokens) {
       work.slots.sort(ids + first * K, weights + first * K, tokens, K, e->experts);
       Workspace::at_least(work.neurons, work.slots.count() * e->width);
-      Workspace::at_least(work.rounded, scratch_words(e->format, tokens, e->inputs));
+      Workspace::at_least(work.rounded, scratch_words(*e, tokens));
     }, [&](const float* h, int64_t tokens, float* y) {
       apply_experts(*e, work.slots, h, e->inputs, tokens, work.rounded.data(), work.neurons.data(),
                     y, e->outputs, false);

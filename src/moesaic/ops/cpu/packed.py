@@ -227,28 +227,34 @@ def _in_panels(weights: ExpertWeights, weight_format: Format) -> _Matrices:
 
 def _in_rows(weights: ExpertWeights, weight_format: Format) -> _Matrices:
     """Store matrices neuron by neuron, as neurons.h reads them."""
-    wide = 2 * lanes()
-    up_NI = _pad(weights.up.detach().flatten(0, 1), 1, wide)
-    down_EFO = _pad(weights.down.detach().transpose(1, 2), 2, wide)
+    up_NI = weights.up.detach().flatten(0, 1)
+    down_EFO = weights.down.detach().transpose(1, 2)
     up_scale, down_scale = None, None
     if weight_format == "int8":
         up_scale = up_NI.float().abs().amax(1).clamp(min=1e-30) / 127
         down_scale = down_EFO.float().abs().amax(1).clamp(min=1e-30) / 127
         up_NI = (up_NI.float() / up_scale.unsqueeze(1)).round()
         down_EFO = (down_EFO.float() / down_scale.unsqueeze(1)).round()
-
-    def steps(rows_NI: Tensor) -> Tensor:
-        if weight_format == "int8":
-            return in_huge_pages(rows_NI.to(torch.int8))
-        if weight_format == "float32":
-            return in_huge_pages(rows_NI.float())
-        # Words of 32 bits: the lower half belongs to the first L values of a step.
-        halves = rows_NI.bfloat16().reshape(-1, 2, wide // 2)
-        return in_huge_pages(halves.transpose(1, 2))
+        down_scale = _pad(down_scale, 1, 2 * lanes()).contiguous()
 
     up_bias = None if weights.up_bias is None else weights.up_bias.detach().float().contiguous()
-    down = steps(down_EFO.flatten(0, 1))
-    return _Matrices(steps(up_NI), down, up_scale, down_scale, up_bias, weights.width)
+    down = _in_steps(down_EFO.flatten(0, 1), weight_format)
+    up = _in_steps(up_NI, weight_format)
+    return _Matrices(up, down, up_scale, down_scale, up_bias, weights.width)
+
+
+def _in_steps(rows_NI: Tensor, weight_format: Format) -> Tensor:
+    """Store rows in steps of two registers' worth, as far apart as `row_steps` of neurons.h says."""
+    dtypes = {"float32": torch.float32, "int8": torch.int8}
+    wide, dtype = 2 * lanes(), dtypes.get(weight_format, torch.bfloat16)
+    rows_NI = _pad(rows_NI, 1, wide)
+    if rows_NI.shape[1] * dtype.itemsize % 1024 == 0:
+        rows_NI = nnf.pad(rows_NI, [0, wide])
+    rows_NI = rows_NI.to(dtype)
+    if dtype != torch.bfloat16:
+        return in_huge_pages(rows_NI)
+    # Words of 32 bits: the lower half belongs to the first L values of a step.
+    return in_huge_pages(rows_NI.reshape(-1, 2, wide // 2).transpose(1, 2))
 
 
 def _floats(limits: Thresholds) -> tuple[Tensor, Tensor | None]:
