@@ -33,9 +33,8 @@ struct Experts {
   const float* down_scale;  // [E, D] or null
   const float* up_bias;     // as up_scale
   const float* down_bias;   // [E, D] or null
-  // Null, or [E, F]: what neurons must exceed; `up` and `down` then lie as neurons.h says.
-  const float* neuron_limits;
-  const float* gate_limits;  // as that, of gates; null if plain
+  const float* neuron_limits;  // [E, F] or null: a neuron that does not exceed its own is zero
+  const float* gate_limits;    // as that, of activated gates
   int64_t experts;
   int64_t width;   // F, padded
   int64_t inputs;  // D, not padded
@@ -43,7 +42,6 @@ struct Experts {
   int64_t format;
   int64_t activation;
   int64_t gated;
-  double input_limit;
 };
 
 // The order is that of `_FORMATS` in packed.py.
@@ -167,6 +165,13 @@ inline void linear(const Linear& w, const float* x, int64_t stride, int64_t T, u
   });
 }
 
+// Zero where the magnitude does not exceed a limit; not-a-number stays.
+inline V exceeding(V v, const float* limits, int64_t at) {
+  if (!limits) return v;
+  const V size = v < 0.0f ? -v : v;
+  return size <= load(limits + at) ? V{} : v;
+}
+
 // The held slots of T tokens, sorted by expert and, within one, by token.
 struct Slots {
   std::vector<int64_t> begin;  // [E + 1]
@@ -239,7 +244,7 @@ struct Slots {
 // out_TD = sum over slots of weight * down(act(gate x) * (up x)), or added to out.
 // `neurons` has room for [N, F] floats, `scratch` and `ready` are as in rows_of. Experts are added
 // in ascending order.
-inline void apply_panels(const Experts& e, const Slots& slots, const float* x, int64_t stride,
+inline void apply_experts(const Experts& e, const Slots& slots, const float* x, int64_t stride,
                           int64_t T, uint32_t* scratch, float* neurons, float* out,
                           int64_t out_stride, bool add, bool ready = false) {
   const int64_t F = e.width, per_panel = e.gated ? LANES : WIDE;
@@ -270,13 +275,14 @@ inline void apply_panels(const Experts& e, const Slots& slots, const float* x, i
             Input* y = middle + slot * middle_stride;
             lo[m] = scaled(lo[m], e.up_scale, e.up_bias, index * WIDE);
             hi[m] = scaled(hi[m], e.up_scale, e.up_bias, index * WIDE + LANES);
-            const V act = activate(e.activation, lo[m]) * slots.weight[slot];
-            if (e.gated) {
-              put<W>(y, p * per_panel, act * hi[m]);
-            } else {
-              put<W>(y, p * per_panel, act);
-              put<W>(y, p * per_panel + LANES,
-                     activate(e.activation, hi[m]) * slots.weight[slot]);
+            const int64_t neuron = expert * F + p * per_panel;
+            V act = activate(e.activation, lo[m]);
+            if (e.gated) act = exceeding(act, e.gate_limits, neuron) * hi[m];
+            act = exceeding(act, e.neuron_limits, neuron);
+            put<W>(y, p * per_panel, act * slots.weight[slot]);
+            if (!e.gated) {
+              act = exceeding(activate(e.activation, hi[m]), e.neuron_limits, neuron + LANES);
+              put<W>(y, p * per_panel + LANES, act * slots.weight[slot]);
             }
           }
         });

@@ -35,7 +35,7 @@ inline void prepare(const Ffn& f, int64_t T, FfnWork& work) {
   for (const Linear& w : {f.router.scores, f.bypass_down, f.bypass_up})
     FfnWork::at_least(work.rounded, scratch_words(w.format, T, w.inputs));
   for (const Experts& e : {f.experts, f.shared})
-    FfnWork::at_least(work.rounded, scratch_words(e, T));
+    FfnWork::at_least(work.rounded, scratch_words(e.format, T, e.inputs));
   FfnWork::at_least(work.low, T * f.bypass_down.outputs);
   if (f.router.scores.panels) FfnWork::at_least(work.scores, T * f.router.scores.outputs);
 }
@@ -88,12 +88,12 @@ inline void apply_ffn(const Ffn& f, const float* x, int64_t stride, int64_t T, i
   if (f.experts.experts) {
     apply_experts(f.experts, work.slots, x, stride, T, rounded, neurons, out, out_stride, add);
     add = true;
-    ready = leaves_rounded(f.experts);
+    ready = f.experts.format == BFLOAT16_DOT;
   }
   if (f.shared.experts) {
     apply_experts(f.shared, work.all, x, stride, T, rounded, neurons, out, out_stride, add, ready);
     add = true;
-    ready |= leaves_rounded(f.shared);
+    ready |= f.shared.format == BFLOAT16_DOT;
   }
   if (f.bypass_down.panels) {
     const int64_t rank = f.bypass_down.outputs;

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _HERE = Path(__file__).resolve().parent
 _SOURCES = (
     "kernels.cpp",
-    *("decoder.h", "ffn.h", "routing.h", "neurons.h", "experts.h", "activations.h", "panels.h"),
+    *("decoder.h", "ffn.h", "routing.h", "experts.h", "activations.h", "panels.h"),
 )
 _FLAGS = (
     *("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC"),
@@ -108,7 +108,12 @@ def call(name: str, *arguments: object) -> None:
     native = library()
     native.moesaic_threads(torch.get_num_threads())
     if getattr(native, name)(*arguments):
-        raise MemoryError(f"{name} ran out of memory; use fewer tokens at a time")
+        raise out_of_memory(name)
+
+
+def out_of_memory(name: str) -> MemoryError:
+    """What is raised where a native function says so."""
+    return MemoryError(f"{name} ran out of memory; use fewer tokens at a time")
 
 
 def _level() -> str:

@@ -2,8 +2,7 @@
 
 A panel holds two registers' worth of outputs for all inputs (see panels.h). The gate and the up
 row of a neuron stand side by side in one, so that its activation needs no second pass; the down
-matrix is stored input by input, so the rows of a block are contiguous however small it is. Experts
-with thresholds lie neuron by neuron instead (see neurons.h).
+matrix is stored input by input, so the rows of a block are contiguous however small it is.
 
 Shapes: T tokens, K slots per token, E experts, F width of one expert, D model width, I inputs,
 O outputs, L floats of a register, P panels.
@@ -11,8 +10,7 @@ O outputs, L floats of a register, P panels.
 
 from __future__ import annotations
 
-import ctypes
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as nnf
@@ -22,7 +20,7 @@ from moesaic._errors import InputError
 from moesaic.ops.cpu import library, operators, structs
 from moesaic.ops.cpu.run import on_cpu, run_experts, run_linear
 from moesaic.ops.huge_pages import in_huge_pages
-from moesaic.ops.weights import ExpertWeights, Thresholds
+from moesaic.ops.weights import ExpertWeights
 
 # What the weights are. They multiply float32, but `bfloat16-dot` rounds what it multiplies too, as
 # torch does in bfloat16.
@@ -46,6 +44,9 @@ _ACTIVATIONS = {
 
 def supports(weights: ExpertWeights) -> bool:
     """Whether the native code knows the function that the experts apply."""
+    limits = weights.thresholds
+    if limits is not None and bool(limits.input > 0):
+        return False
     return weights.glu is None and weights.activation in _ACTIVATIONS
 
 
@@ -108,35 +109,54 @@ class PackedExperts:
     def __init__(self, weights: ExpertWeights, weight_format: Format = "float32") -> None:
         if not supports(weights):
             raise InputError(
-                f"activation {weights.activation or 'of its own'!r} has no native code; "
-                f"{', '.join(sorted(_ACTIVATIONS))} have"
+                f"activation {weights.activation or 'of its own'!r} has no native code, nor have "
+                f"thresholds of inputs; {', '.join(sorted(_ACTIVATIONS))} have"
             )
-        num_experts, dim, width = on_cpu(weights.down).shape
+        per_register = lanes()
+        num_experts, dim, _ = on_cpu(weights.down).shape
+        per_panel = per_register if weights.gated else 2 * per_register
+        up_PRI = _rows(weights.up, weights.gated, per_panel)
+        down_EOF = _pad(_pad(weights.down, 1, 2 * per_register), 2, per_panel)
         self.num_experts, self.dim = num_experts, dim
         self._packed_from = _versions(weights)
-        limits = weights.thresholds
-        matrices = _in_panels if limits is None else _in_rows
-        packed = matrices(weights, weight_format)
-        down_bias_EO = None
+        self._up, self._up_scale = _pack(up_PRI, weight_format)
+        down_PRF = down_EOF.reshape(-1, 2 * per_register, down_EOF.shape[2])
+        self._down, self._down_scale = _pack(down_PRF, weight_format)
+        self._up_bias, self._down_bias = None, None
+        if weights.up_bias is not None:
+            self._up_bias = _rows(weights.up_bias.detach().float(), weights.gated, per_panel).contiguous()
         if weights.down_bias is not None:
-            down_bias_EO = _pad(weights.down_bias.detach().float(), 1, 2 * lanes()).contiguous()
+            self._down_bias = _pad(weights.down_bias.detach().float(), 1, 2 * per_register).contiguous()
+        self._neuron_limits, self._gate_limits = None, None
+        if weights.thresholds is not None:
+            _, neuron_EF, gate_EF = weights.thresholds
+            self._neuron_limits = _pad(neuron_EF.detach().float(), 1, per_panel).contiguous()
+            if gate_EF is not None:
+                self._gate_limits = _pad(gate_EF.detach().float(), 1, per_panel).contiguous()
         # In the order of the struct's pointers.
         self.parts = [
-            *(packed.up, packed.down, packed.up_scale, packed.down_scale, packed.up_bias),
-            *(down_bias_EO, *((None, None) if limits is None else _floats(limits))),
+            *(self._up, self._down),
+            *(self._up_scale, self._down_scale, self._up_bias, self._down_bias),
+            *(self._neuron_limits, self._gate_limits),
         ]
-        pointers = [name for name, kind in structs.Experts._fields_ if kind is ctypes.c_void_p]
         self.struct = structs.Experts(
-            **dict(zip(pointers, map(pointer, self.parts), strict=True)),
+            up=self._up.data_ptr(),
+            down=self._down.data_ptr(),
+            up_scale=pointer(self._up_scale),
+            down_scale=pointer(self._down_scale),
+            up_bias=pointer(self._up_bias),
+            down_bias=pointer(self._down_bias),
+            neuron_limits=pointer(self._neuron_limits),
+            gate_limits=pointer(self._gate_limits),
             experts=num_experts,
-            width=packed.width,
+            width=down_EOF.shape[2],
             inputs=dim,
-            outputs=-(-dim // (2 * lanes())) * 2 * lanes(),
+            outputs=down_EOF.shape[1],
             format=_FORMATS.index(weight_format),
             activation=_ACTIVATIONS[weights.activation],
             gated=weights.gated,
-            input_limit=-1.0 if limits is None else float(limits.input),
         )
+        self._taken = operators.take_apart(self.struct, self.parts)
 
     def __call__(
         self,
@@ -161,18 +181,19 @@ class PackedExperts:
             if weights is not None:
                 versions = [version for _, version in self._packed_from]
                 sources = operators.Sources(_tensors(weights), versions)
-            return operators.experts(self.struct, self.parts, h_TD, ids_TK, weights_TK, sources)
+            return operators.experts(self._taken, h_TD, ids_TK, weights_TK, sources)
         return run_experts(self.struct, h_TD, ids_TK, weights_TK)
 
     def is_copy_of(self, weights: ExpertWeights) -> bool:
         """Whether these are still the weights that were packed, unchanged."""
         # A graph being made has no addresses; it checks versions whenever it runs.
-        return torch.compiler.is_compiling() or self._packed_from == _versions(weights)
+        return operators.traced(weights.up) or self._packed_from == _versions(weights)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the packed matrices, scales included."""
-        return sum(x.nbytes for x in self.parts[:4] if x is not None)
+        tensors = (self._up, self._down, self._up_scale, self._down_scale)
+        return sum(x.nbytes for x in tensors if x is not None)
 
 
 def lanes() -> int:
@@ -197,71 +218,6 @@ def _versions(weights: ExpertWeights) -> list[tuple[int, int]]:
 def pointer(x: Tensor | None) -> int | None:
     """Where a tensor is; none for none."""
     return None if x is None else x.data_ptr()
-
-
-class _Matrices(NamedTuple):
-    """The matrices of experts as they are read, and their width F, padded or not."""
-
-    up: Tensor
-    down: Tensor
-    up_scale: Tensor | None
-    down_scale: Tensor | None
-    up_bias: Tensor | None
-    width: int
-
-
-def _in_panels(weights: ExpertWeights, weight_format: Format) -> _Matrices:
-    """Store matrices panel by panel."""
-    per_register = lanes()
-    per_panel = per_register if weights.gated else 2 * per_register
-    up, up_scale = _pack(_rows(weights.up, weights.gated, per_panel), weight_format)
-    down_EOF = _pad(_pad(weights.down, 1, 2 * per_register), 2, per_panel)
-    down_PRF = down_EOF.reshape(-1, 2 * per_register, down_EOF.shape[2])
-    down, down_scale = _pack(down_PRF, weight_format)
-    up_bias = None
-    if weights.up_bias is not None:
-        bias = weights.up_bias.detach().float()
-        up_bias = _rows(bias, weights.gated, per_panel).contiguous()
-    return _Matrices(up, down, up_scale, down_scale, up_bias, down_EOF.shape[2])
-
-
-def _in_rows(weights: ExpertWeights, weight_format: Format) -> _Matrices:
-    """Store matrices neuron by neuron, as neurons.h reads them."""
-    up_NI = weights.up.detach().flatten(0, 1)
-    down_EFO = weights.down.detach().transpose(1, 2)
-    up_scale, down_scale = None, None
-    if weight_format == "int8":
-        up_scale = up_NI.float().abs().amax(1).clamp(min=1e-30) / 127
-        down_scale = down_EFO.float().abs().amax(1).clamp(min=1e-30) / 127
-        up_NI = (up_NI.float() / up_scale.unsqueeze(1)).round()
-        down_EFO = (down_EFO.float() / down_scale.unsqueeze(1)).round()
-        down_scale = _pad(down_scale, 1, 2 * lanes()).contiguous()
-
-    up_bias = None if weights.up_bias is None else weights.up_bias.detach().float().contiguous()
-    down = _in_steps(down_EFO.flatten(0, 1), weight_format)
-    up = _in_steps(up_NI, weight_format)
-    return _Matrices(up, down, up_scale, down_scale, up_bias, weights.width)
-
-
-def _in_steps(rows_NI: Tensor, weight_format: Format) -> Tensor:
-    """Store rows in steps of two registers' worth, as far apart as `row_steps` of neurons.h says."""
-    dtypes = {"float32": torch.float32, "int8": torch.int8}
-    wide, dtype = 2 * lanes(), dtypes.get(weight_format, torch.bfloat16)
-    rows_NI = _pad(rows_NI, 1, wide)
-    if rows_NI.shape[1] * dtype.itemsize % 1024 == 0:
-        rows_NI = nnf.pad(rows_NI, [0, wide])
-    rows_NI = rows_NI.to(dtype)
-    if dtype != torch.bfloat16:
-        return in_huge_pages(rows_NI)
-    # Words of 32 bits: the lower half belongs to the first L values of a step.
-    return in_huge_pages(rows_NI.reshape(-1, 2, wide // 2).transpose(1, 2))
-
-
-def _floats(limits: Thresholds) -> tuple[Tensor, Tensor | None]:
-    neuron_EF = limits.neuron_EF.detach().float().contiguous()
-    if limits.gate_EF is None:
-        return neuron_EF, None
-    return neuron_EF, limits.gate_EF.detach().float().contiguous()
 
 
 def _pad(x: Tensor, dim: int, multiple: int) -> Tensor:

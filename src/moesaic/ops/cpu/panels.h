@@ -52,14 +52,6 @@ inline V fused(float a, V b, V c) {
 #endif
 }
 
-inline V fused(V a, V b, V c) {
-#ifdef __AVX512F__
-  return bits<V>(_mm512_fmadd_ps(bits<__m512>(a), bits<__m512>(b), bits<__m512>(c)));
-#else
-  return bits<V>(_mm256_fmadd_ps(bits<__m256>(a), bits<__m256>(b), bits<__m256>(c)));
-#endif
-}
-
 // What a step multiplies, per format. Most take one input, in float32.
 struct OfFloats {
   using Input = float;

@@ -7,7 +7,7 @@
 #include <limits>
 #include <utility>
 
-#include "neurons.h"
+#include "experts.h"
 
 namespace {
 

@@ -1,12 +1,13 @@
-"""Native experts with thresholds, which read neuron by neuron, against the reference."""
+"""Native experts whose gates and neurons have thresholds, against the reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from moesaic._errors import InputError
 from moesaic.ops.cpu import library
-from moesaic.ops.cpu.packed import PackedExperts, has_dot
+from moesaic.ops.cpu.packed import PackedExperts, has_dot, supports
 from moesaic.ops.reference import experts_reference
 from moesaic.ops.weights import ExpertWeights, Thresholds
 
@@ -36,7 +37,7 @@ def make(dim, width, *, gated=True, bias=True, activation="silu", dtype=torch.fl
         gated=gated,
         up_bias=normal(E, rows) if bias else None,
         down_bias=normal(E, dim) if bias else None,
-        thresholds=Thresholds(torch.tensor(0.4), neuron_EF, gate_EF if gated else None),
+        thresholds=Thresholds(torch.tensor(0.0), neuron_EF, gate_EF if gated else None),
     )
 
 
@@ -50,7 +51,7 @@ def slots(num_tokens, dim, dtype=torch.float32):
 
 
 def reference(weights, h_TD, ids_TK, weights_TK):
-    return experts_reference(weights.cut_inputs(h_TD), ids_TK, weights_TK, weights)
+    return experts_reference(h_TD, ids_TK, weights_TK, weights)
 
 
 @sizes
@@ -125,3 +126,11 @@ def test_a_copy_is_none_once_a_threshold_changes():
     assert packed.is_copy_of(weights)
     weights.thresholds.neuron_EF.add_(1.0)
     assert not packed.is_copy_of(weights)
+
+
+def test_thresholds_of_inputs_are_refused():
+    weights = make(64, 16)
+    cut = weights._replace(thresholds=weights.thresholds._replace(input=torch.tensor(0.1)))
+    assert not supports(cut)
+    with pytest.raises(InputError, match="nor have thresholds of inputs"):
+        PackedExperts(cut)
