@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.layer import MoELayer
 from moesaic.ops.cpu.ffn import PackedFfn, PackedRouter
-from moesaic.ops.cpu.operators import Sources, version_of
+from moesaic.ops.cpu.operators import Sources, traced, version_of
 from moesaic.ops.cpu.packed import Format, PackedExperts, PackedLinear, supports
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,8 @@ class PackedLayer:
         self._router = layer.router
         self._experts = [part for part in (layer.experts, layer.shared) if part is not None]
         modules = list(layer.modules())
-        # Dictionaries of modules, read at every call: asking the modules would take longer than
-        # routing.
+        # Dictionaries of the modules, and not the modules: every object that is looked at costs
+        # more than the comparison (see `run_layer`).
         self._children = [
             (module._modules, name, child)
             for module in modules
@@ -117,58 +117,61 @@ class PackedLayer:
             for module in modules[1:]
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        self._tensors: list[tuple[dict[str, Any], str, Tensor, int]] = [
-            (store, name, tensor, tensor.data_ptr())
+        self._tensors: list[tuple[dict[str, Any], str, Tensor, int, int]] = [
+            (store, name, tensor, tensor.data_ptr(), version_of(tensor))
             for module in modules
             for store in (module._parameters, module._buffers)
             for name, tensor in store.items()
             if tensor is not None
         ]
-        tensors = [tensor for _, _, tensor, _ in self._tensors]
-        self._sources = Sources(tensors, [version_of(tensor) for tensor in tensors])
+        self._sources = Sources([x[2] for x in self._tensors], [x[4] for x in self._tensors])
 
-    def __call__(self, h_TD: Tensor) -> Tensor:
-        """Apply the layer to tokens, [T, D] to [T, D]."""
-        return self._ffn(h_TD, self._sources)
+    def __call__(self, layer: MoELayer, h: Tensor) -> Tensor | None:
+        """Apply the layer to tokens.
 
-    def serves(self, layer: MoELayer, h_TD: Tensor) -> bool:
-        """Whether the call wants nothing else, and the layer is still what was packed."""
-        if torch.is_grad_enabled() or layer.training or layer.all_on or not h_TD.is_cpu:
-            return False
+        Args:
+            layer: What was packed.
+            h: Inputs, [..., D].
+
+        Returns:
+            Outputs, in the shape and dtype of h; none if the call wants what native code does not
+            give, or the layer is no longer what was packed.
+        """
+        if torch.is_grad_enabled() or layer.training or layer.all_on or not h.is_cpu:
+            return None
         for hooks in self._hooks:
             if hooks:
-                return False
+                return None
         for experts in self._experts:
             if experts.backend not in ("auto", "native"):
-                return False
-        if not self._is_copy():
+                return None
+        if not self._is_copy(addresses=not traced(h)):
             _once(
                 "a layer changed since it was packed, so its one native call stays unused; pack "
                 "again"
             )
-            return False
-        if self._router is not None:
+            return None
+        if self._router is not None and self._router.choice() != self._ffn.choice:
             choice = self._router.choice()
             if choice is None:
-                return False
-            if choice != self._ffn.choice:
-                self._ffn.decide_by(choice)
-        return True
+                return None
+            self._ffn.decide_by(choice)
+        return self._ffn(h, self._sources)
 
-    def _is_copy(self) -> bool:
+    def _is_copy(self, addresses: bool) -> bool:
+        """Whether modules and tensors are those that were packed.
+
+        Args:
+            addresses: Whether they have any, and versions; where a graph is being made they have
+                none, and the graph checks versions whenever it runs.
+        """
         for modules, name, child in self._children:
             if modules.get(name) is not child:
                 return False
-        for store, name, tensor, _ in self._tensors:
+        for store, name, tensor, address, version in self._tensors:
             if store.get(name) is not tensor:
                 return False
-        # A graph being made has no addresses; it checks versions whenever it runs.
-        if torch.compiler.is_compiling():
-            return True
-        for (_, _, tensor, address), version in zip(
-            self._tensors, self._sources.versions, strict=True
-        ):
-            if tensor.data_ptr() != address or version_of(tensor) != version:
+            if addresses and (tensor.data_ptr() != address or version_of(tensor) != version):
                 return False
         return True
 

@@ -95,8 +95,9 @@ void moesaic_threads(int count) { omp_set_num_threads(count); }
 
 // x and out [T, inputs], float32 or bfloat16; ids and weights [T, K].
 int moesaic_experts(const Experts* e, const void* x, int64_t bfloat16, const int64_t* ids,
-                    const float* weights, int64_t T, int64_t K, void* out) {
+                    const float* weights, int64_t T, int64_t K, void* out, int threads) {
   return guarded([&] {
+    omp_set_num_threads(threads);
     Workspace& work = workspace();
     in_parts(*e, x, bfloat16, T, work, out, [&](int64_t first, int64_t tokens) {
       work.slots.sort(ids + first * K, weights + first * K, tokens, K, e->experts);
@@ -110,8 +111,10 @@ int moesaic_experts(const Experts* e, const void* x, int64_t bfloat16, const int
 }
 
 // A whole layer, routed here: x and out [T, inputs], float32 or bfloat16.
-int moesaic_layer(const Ffn* f, const void* x, int64_t bfloat16, int64_t T, void* out) {
+int moesaic_layer(const Ffn* f, const void* x, int64_t bfloat16, int64_t T, void* out,
+                  int threads) {
   return guarded([&] {
+    omp_set_num_threads(threads);
     Workspace& work = workspace();
     const Experts& e = f->experts.experts ? f->experts : f->shared;
     in_parts(e, x, bfloat16, T, work, out, [&](int64_t, int64_t tokens) {

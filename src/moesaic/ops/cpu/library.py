@@ -108,7 +108,12 @@ def call(name: str, *arguments: object) -> None:
     native = library()
     native.moesaic_threads(torch.get_num_threads())
     if getattr(native, name)(*arguments):
-        raise MemoryError(f"{name} ran out of memory; use fewer tokens at a time")
+        raise out_of_memory(name)
+
+
+def out_of_memory(name: str) -> MemoryError:
+    """What is raised where a native function says so."""
+    return MemoryError(f"{name} ran out of memory; use fewer tokens at a time")
 
 
 def _level() -> str:

@@ -12,11 +12,13 @@ Shapes: T tokens, K slots per token, D model width.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from moesaic._errors import InputError, RunError
 from moesaic.ops.cpu import library, structs
@@ -24,6 +26,7 @@ from moesaic.ops.cpu.run import run_experts, run_layer
 
 _PACKED = "Tensor?[] parts, int[] sizes, float[] numbers, int lanes"
 _CHECKED = "Tensor[] sources, int[] versions"
+_PLAIN = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("moesaic", "DEF")
 
 
@@ -42,9 +45,10 @@ def version_of(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def traced(h_TD: Tensor) -> bool:
+def traced(h: Tensor) -> bool:
     """Whether a graph is being made, or the tensor only stands for one."""
-    return torch.compiler.is_compiling() or type(h_TD) is not Tensor
+    # Both are cheap where no graph is made: see `run_layer`.
+    return type(h) not in _PLAIN or is_dynamo_compiling()
 
 
 def experts(
@@ -63,10 +67,10 @@ def experts(
 
 
 def layer(
-    struct: structs.Ffn, parts: Sequence[Tensor | None], h_TD: Tensor, sources: Sources
+    struct: structs.Ffn, parts: Sequence[Tensor | None], h: Tensor, sources: Sources
 ) -> Tensor:
     """Call `moesaic::layer`; see `run_layer`."""
-    out: Tensor = torch.ops.moesaic.layer(h_TD, *_taken_apart(struct, parts, sources))
+    out: Tensor = torch.ops.moesaic.layer(h, *_taken_apart(struct, parts, sources))
     return out
 
 
@@ -96,9 +100,7 @@ def _check_sources(sources: Sequence[Tensor], versions: Sequence[int]) -> None:
         )
 
 
-def _experts_cpu(
-    h: Tensor, ids: Tensor, weights: Tensor, *rest: Any
-) -> Tensor:
+def _experts_cpu(h: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
     *packed, sources, versions = rest
     _check_sources(sources, versions)
     return run_experts(_together(structs.Experts, *packed), h, ids, weights)
@@ -107,7 +109,9 @@ def _experts_cpu(
 def _layer_cpu(h: Tensor, *rest: Any) -> Tensor:
     *packed, sources, versions = rest
     _check_sources(sources, versions)
-    return run_layer(_together(structs.Ffn, *packed), h)
+    struct = _together(structs.Ffn, *packed)
+    function = library.library().moesaic_layer
+    return run_layer(function, ctypes.byref(struct), structs.width_of(struct), h)
 
 
 def _like_rows(h: Tensor, *rest: Any) -> Tensor:

@@ -174,7 +174,7 @@ class PackedExperts:
     def is_copy_of(self, weights: ExpertWeights) -> bool:
         """Whether these are still the weights that were packed, unchanged."""
         # A graph being made has no addresses; it checks versions whenever it runs.
-        return torch.compiler.is_compiling() or self._packed_from == _versions(weights)
+        return operators.traced(weights.up) or self._packed_from == _versions(weights)
 
     @property
     def num_bytes(self) -> int:

@@ -131,6 +131,11 @@ class Batch(ctypes.Structure):
 
 
 
+def width_of(ffn: Ffn) -> int:
+    """D of a layer that has experts of any kind."""
+    return int((ffn.experts if ffn.experts.experts else ffn.shared).inputs)
+
+
 def num_pointers(kind: type[ctypes.Structure]) -> int:
     """Pointers of a struct, those of the structs in it included."""
     return sum(
@@ -182,9 +187,9 @@ _LAYER, _BATCH = ctypes.POINTER(Layer), ctypes.POINTER(Batch)
 SIGNATURES: dict[str, list[Any]] = {
     "moesaic_experts": [
         *[ctypes.POINTER(Experts), _POINTER, _INT, _POINTER, _POINTER],
-        *[_INT, _INT, _POINTER],
+        *[_INT, _INT, _POINTER, ctypes.c_int],
     ],
-    "moesaic_layer": [ctypes.POINTER(Ffn), _POINTER, _INT, _INT, _POINTER],
+    "moesaic_layer": [ctypes.POINTER(Ffn), _POINTER, _INT, _INT, _POINTER, ctypes.c_int],
     "moesaic_linear": [ctypes.POINTER(Linear), _POINTER, _INT, _POINTER],
     "moesaic_layers": [_LAYER, _INT, _BATCH, *[_POINTER] * 3, _INT],
     "moesaic_attention": [_LAYER, _BATCH, *[_POINTER] * 2],
