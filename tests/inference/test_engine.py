@@ -413,7 +413,7 @@ def test_experts_that_do_more_than_their_weights_say_are_refused(thresholds):
     model = converted(LLAMA, experts="thresholded-gated", **options)
     for layer in moe_layers(model):
         layer.shared.set_thresholds(*thresholds)
-    message = r"layer 0 has experts of the kind 'thresholded-gated', which has no native code; "
+    message = r"layer 0 has experts of the kind 'thresholded-gated', which have no native code; "
     for weight_format in ("float32", "int8"):
         with pytest.raises(InputError, match=message + "generate with transformers"):
             Engine(model, weight_format=weight_format, length=64)

@@ -8,7 +8,6 @@ Shapes: T tokens, D model width.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -18,10 +17,8 @@ from moesaic.nn.experts._base import Experts
 from moesaic.nn.layer import MoELayer
 from moesaic.ops.cpu.ffn import PackedFfn, PackedRouter
 from moesaic.ops.cpu.operators import Sources, traced, version_of
-from moesaic.ops.cpu.packed import Format, PackedExperts, PackedLinear, supports
-
-logger = logging.getLogger(__name__)
-_said: set[str] = set()
+from moesaic.ops.cpu.packed import Format, PackedExperts, PackedLinear
+from moesaic.ops.select import say_once
 
 
 def why_not_packed(layer: MoELayer) -> str:
@@ -31,17 +28,17 @@ def why_not_packed(layer: MoELayer) -> str:
     """
     config = layer.config
     if layer.free is not None:
-        return f"has free experts ({', '.join(layer.free.kinds)})"
+        return f"has free experts ({', '.join(layer.free.kinds)}), which have no native code"
     if config.iterations > 1 or config.iteration_residual != "none":
         return (
             f"runs {config.iterations} times in a row with residual "
-            f"{config.iteration_residual!r}"
+            f"{config.iteration_residual!r}, which has no native code"
         )
     if config.reuse > 1:
-        return f"uses the experts of {config.reuse} layers"
+        return f"uses the experts of {config.reuse} layers, which has no native code"
     for part in (layer.experts, layer.shared):
         if part is not None and not computes_weights(part):
-            return f"has experts of the kind {config.experts!r}"
+            return f"has experts of the kind {config.experts!r}, which have no native code"
     return ""
 
 
@@ -103,6 +100,9 @@ class PackedLayer:
         parts = [None if part is None else part.packed for part in (layer.experts, layer.shared)]
         self._ffn = _assembled(layer, weight_format, *parts)  # type: ignore[arg-type]
         self._router = layer.router
+        self._settings = {} if layer.router is None else vars(layer.router)
+        names = () if layer.router is None else layer.router.moving
+        self._moving = {name: self._settings[name] for name in names}
         self._experts = [part for part in (layer.experts, layer.shared) if part is not None]
         modules = list(layer.modules())
         # Dictionaries of the modules, and not the modules: every object that is looked at costs
@@ -146,17 +146,25 @@ class PackedLayer:
             if experts.backend not in ("auto", "native"):
                 return None
         if not self._is_copy(addresses=not traced(h)):
-            _once(
+            say_once(
                 "a layer changed since it was packed, so its one native call stays unused; pack "
                 "again"
             )
             return None
-        if self._router is not None and self._router.choice() != self._ffn.choice:
-            choice = self._router.choice()
-            if choice is None:
-                return None
-            self._ffn.decide_by(choice)
+        for name, value in self._moving.items():
+            if self._settings[name] != value:
+                if traced(h):
+                    # A graph being made cannot tell native code.
+                    return None
+                self._follow()
         return self._ffn(h, self._sources)
+
+    def _follow(self) -> None:
+        """Let native code decide as the router does now."""
+        choice = None if self._router is None else self._router.choice()
+        assert choice is not None, "what moves is a number in the choice"
+        self._ffn.decide_by(choice)
+        self._moving = {name: self._settings[name] for name in self._moving}
 
     def _is_copy(self, addresses: bool) -> bool:
         """Whether modules and tensors are those that were packed.
@@ -182,12 +190,6 @@ def pack_layer(layer: MoELayer, weight_format: Format) -> PackedLayer | None:
     if not reason and layer.router is not None and layer.router.choice() is None:
         reason = f"has the router {layer.config.router!r}, which has no native code"
     if reason:
-        _once(f"experts run natively, but each layer in several calls: it {reason}")
+        say_once(f"experts run natively, but each layer in several calls: it {reason}")
         return None
     return PackedLayer(layer, weight_format)
-
-
-def _once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.info("%s", message)

@@ -113,6 +113,7 @@ class PackedFfn:
         self.choice = None if router is None else router.choice
 
         self.width = structs.width_of(self.struct)
+        self._taken = operators.take_apart(self.struct, self.parts)
         self._reference = ctypes.byref(self.struct)
         self._function = library.library().moesaic_layer
 
@@ -134,10 +135,11 @@ class PackedFfn:
                 f"{tuple(h.shape)} on {h.device}"
             )
         if operators.traced(h):
-            return operators.layer(self.struct, self.parts, h, sources)
+            return operators.layer(self._taken, h, sources)
         return run_layer(self._function, self._reference, self.width, h)
 
     def decide_by(self, choice: Choice) -> None:
         """Let its router decide so from now on."""
         self.choice = choice
         set_choice(self.struct.router, choice)
+        self._taken = operators.take_apart(self.struct, self.parts)

@@ -51,35 +51,47 @@ def traced(h: Tensor) -> bool:
     return type(h) not in _PLAIN or is_dynamo_compiling()
 
 
+class TakenApart(NamedTuple):
+    """A packed struct as an operator is given it.
+
+    Attributes:
+        parts: Tensors, in the order of the struct's pointers.
+        sizes: Its integers, in order.
+        numbers: Its other numbers, in order.
+        lanes: Floats of a register of the machine that packed it.
+    """
+
+    parts: list[Tensor | None]
+    sizes: list[int]
+    numbers: list[float]
+    lanes: int
+
+
+def take_apart(struct: Any, parts: Sequence[Tensor | None]) -> TakenApart:
+    """Take a struct apart."""
+    lanes = int(library.library().moesaic_lanes())
+    return TakenApart(list(parts), *structs.numbers_of(struct), lanes)
+
+
 def experts(
-    struct: structs.Experts,
-    parts: Sequence[Tensor | None],
-    h_TD: Tensor,
-    ids_TK: Tensor,
-    weights_TK: Tensor,
-    sources: Sources,
+    taken: TakenApart, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, sources: Sources
 ) -> Tensor:
     """Call `moesaic::experts`; see `run_experts`."""
-    out: Tensor = torch.ops.moesaic.experts(
-        h_TD, ids_TK, weights_TK, *_taken_apart(struct, parts, sources)
-    )
+    out: Tensor = torch.ops.moesaic.experts(h_TD, ids_TK, weights_TK, *taken, *_kept(sources))
     return out
 
 
-def layer(
-    struct: structs.Ffn, parts: Sequence[Tensor | None], h: Tensor, sources: Sources
-) -> Tensor:
+def layer(taken: TakenApart, h: Tensor, sources: Sources) -> Tensor:
     """Call `moesaic::layer`; see `run_layer`."""
-    out: Tensor = torch.ops.moesaic.layer(h, *_taken_apart(struct, parts, sources))
+    out: Tensor = torch.ops.moesaic.layer(h, *taken, *_kept(sources))
     return out
 
 
-def _taken_apart(struct: Any, parts: Sequence[Tensor | None], sources: Sources) -> tuple[Any, ...]:
-    sizes, numbers = structs.numbers_of(struct)
+def _kept(sources: Sources) -> tuple[list[Tensor], list[int]]:
     # What is exported holds its own weights, of which nothing else is a source.
-    kept = NO_SOURCES if torch.compiler.is_exporting() else sources
-    lanes = int(library.library().moesaic_lanes())
-    return list(parts), sizes, numbers, lanes, list(kept.tensors), list(kept.versions)
+    if torch.compiler.is_exporting():
+        return [], []
+    return list(sources.tensors), list(sources.versions)
 
 
 def _together(kind: Any, parts: Any, sizes: Any, numbers: Any, lanes: int) -> Any:

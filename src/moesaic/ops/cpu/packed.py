@@ -144,6 +144,7 @@ class PackedExperts:
             activation=_ACTIVATIONS[weights.activation],
             gated=weights.gated,
         )
+        self._taken = operators.take_apart(self.struct, self.parts)
 
     def __call__(
         self,
@@ -168,7 +169,7 @@ class PackedExperts:
             if weights is not None:
                 versions = [version for _, version in self._packed_from]
                 sources = operators.Sources(_tensors(weights), versions)
-            return operators.experts(self.struct, self.parts, h_TD, ids_TK, weights_TK, sources)
+            return operators.experts(self._taken, h_TD, ids_TK, weights_TK, sources)
         return run_experts(self.struct, h_TD, ids_TK, weights_TK)
 
     def is_copy_of(self, weights: ExpertWeights) -> bool:
