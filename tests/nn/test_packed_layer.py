@@ -231,7 +231,7 @@ def native_calls(graph):
 @pytest.mark.parametrize("name", ["topk-softmax", "sigmoid-threshold"])
 @torch.no_grad()
 def test_a_compiled_layer_is_one_operator(name):
-    layer, h_BSD = packed_layer_of(router=name, shared_width=3), tokens(6).float().reshape(2, 3, D)
+    layer, h_BSD = packed_layer_of(router=name), tokens(6).float().reshape(2, 3, D)
     seen = []
 
     def keep(module, inputs):

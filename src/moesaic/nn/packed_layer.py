@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.layer import MoELayer
@@ -145,7 +146,7 @@ class PackedLayer:
         for experts in self._experts:
             if experts.backend not in ("auto", "native"):
                 return None
-        if not self._is_copy(addresses=not traced(h)):
+        if not self._is_copy(traced(h)):
             say_once(
                 "a layer changed since it was packed, so its one native call stays unused; pack "
                 "again"
@@ -166,18 +167,21 @@ class PackedLayer:
         self._ffn.decide_by(choice)
         self._moving = {name: self._settings[name] for name in self._moving}
 
-    def _is_copy(self, addresses: bool) -> bool:
+    def _is_copy(self, graph: bool) -> bool:
         """Whether modules and tensors are those that were packed.
 
         Args:
-            addresses: Whether they have any, and versions; where a graph is being made they have
-                none, and the graph checks versions whenever it runs.
+            graph: Whether a graph is being made, where what can be asked is less.
         """
         for modules, name, child in self._children:
             if modules.get(name) is not child:
                 return False
+        # What compiles has no addresses and no versions: its graph checks these whenever it runs.
+        addresses = not graph or not is_dynamo_compiling()
+        # What exports has put others in the place of all tensors.
+        exporting = graph and torch.compiler.is_exporting()
         for store, name, tensor, address, version in self._tensors:
-            if store.get(name) is not tensor:
+            if not exporting and store.get(name) is not tensor:
                 return False
             if addresses and (tensor.data_ptr() != address or version_of(tensor) != version):
                 return False

@@ -21,7 +21,9 @@ from moesaic.ops.select import apply_experts
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
 
 CASES = [
-    Case(T=T, gated=gated, bias=bias) for T in (0, 1, 63) for gated, bias in ((True, False), (False, True))
+    Case(T=T, gated=gated, bias=bias)
+    for T in (0, 1, 63)
+    for gated, bias in ((True, False), (False, True))
 ]
 
 
@@ -55,7 +57,9 @@ def test_torchs_own_check_of_the_layer(case):
     torch.library.opcheck(torch.ops.moesaic.layer, (h_TD, *taken, [], []))
     expected = ffn(h_TD)
     assert torch.equal(torch.ops.moesaic.layer(h_TD, *taken, [], []), expected)
-    torch.library.opcheck(torch.ops.moesaic.layer, (h_TD.bfloat16().reshape(-1, 1, D), *taken, [], []))
+    torch.library.opcheck(
+        torch.ops.moesaic.layer, (h_TD.bfloat16().reshape(-1, 1, D), *taken, [], [])
+    )
 
 
 def test_a_struct_taken_apart_and_rebuilt_is_the_same():
@@ -74,7 +78,9 @@ class Layer(nn.Module):
         inputs = case.inputs(torch.float32)
         self.ids_TK, self.weights_TK, weights = inputs.ids_TK, inputs.weights_TK, inputs.weights
         self.up = nn.Parameter(weights.up, requires_grad=False)
-        self.weights = weights._replace(up=self.up, packed=PackedExperts(weights._replace(up=self.up)))
+        self.weights = weights._replace(
+            up=self.up, packed=PackedExperts(weights._replace(up=self.up))
+        )
         self.before = nn.Linear(case.D, case.D)
 
     def forward(self, h_TD):
@@ -106,7 +112,9 @@ def test_a_compiled_layer_holds_one_call_and_gives_the_same():
 def test_an_exported_layer_holds_one_call_and_gives_the_same():
     layer, h_TD = Layer(Case()), torch.randn(63, 17)
     exported = torch.export.export(layer, (h_TD,))
-    assert [name for name in nodes(exported.graph) if "moesaic" in name] == ["moesaic.experts.default"]
+    assert [name for name in nodes(exported.graph) if "moesaic" in name] == [
+        "moesaic.experts.default"
+    ]
     assert torch.equal(exported.module()(h_TD), layer(h_TD))
 
 
@@ -122,7 +130,9 @@ def test_a_gradient_is_refused():
     h_TD, ffn = packed_ffn(Case())
     taken = operators.take_apart(ffn.struct, ffn.parts)
     out_TD = torch.ops.moesaic.layer(h_TD.requires_grad_(), *taken, [], [])
-    with pytest.raises(InputError, match=r"packed weights give no gradient; call under torch.no_grad"):
+    with pytest.raises(
+        InputError, match=r"packed weights give no gradient; call under torch.no_grad"
+    ):
         out_TD.sum().backward()
 
 

@@ -93,8 +93,8 @@ class PackedFfn:
             experts is None or experts.num_experts > router.struct.num_scores
         ):
             raise InputError(
-                f"a router of {router.struct.num_scores} scores needs as many experts or fewer, got "
-                f"{0 if experts is None else experts.num_experts}; give it its own"
+                f"a router of {router.struct.num_scores} scores needs as many experts or fewer, "
+                f"got {0 if experts is None else experts.num_experts}; give it its own"
             )
         bias_D = None if output_bias_D is None else output_bias_D.detach().float().contiguous()
         down, up = bypass or (None, None)

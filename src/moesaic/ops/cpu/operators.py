@@ -101,7 +101,9 @@ def _together(kind: Any, parts: Any, sizes: Any, numbers: Any, lanes: int) -> An
             f"this graph has weights packed for registers of {lanes} floats and this machine's "
             f"have {here}; export it here"
         )
-    return structs.rebuilt(kind, [None if x is None else x.data_ptr() for x in parts], sizes, numbers)
+    return structs.rebuilt(
+        kind, [None if x is None else x.data_ptr() for x in parts], sizes, numbers
+    )
 
 
 def _check_sources(sources: Sequence[Tensor], versions: Sequence[int]) -> None:
