@@ -17,6 +17,7 @@ from moesaic.inference import _layout as layouts
 from moesaic.inference.engine import choose
 from moesaic.nn.layer import all_experts_on, moe_layers, record_routing
 from moesaic.ops.cpu import library
+from moesaic.ops.cpu.ffn import PackedFfn
 from moesaic.ops.cpu.packed import PackedExperts, format_of
 
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
@@ -378,8 +379,9 @@ def test_sampling_is_checked(options, message):
 
 def test_packed_experts_serve_models_that_stay_in_transformers(monkeypatch):
     calls = []
-    native = PackedExperts.__call__
-    monkeypatch.setattr(PackedExperts, "__call__", lambda *a: calls.append(1) or native(*a))
+    experts, layer = PackedExperts.__call__, PackedFfn.__call__
+    monkeypatch.setattr(PackedExperts, "__call__", lambda *a: calls.append(1) or experts(*a))
+    monkeypatch.setattr(PackedFfn, "__call__", lambda *a: calls.append(2) or layer(*a))
     ours = converted(LLAMA)
     config = MixtralConfig(
         vocab_size=VOCAB,
@@ -398,7 +400,8 @@ def test_packed_experts_serve_models_that_stay_in_transformers(monkeypatch):
         calls.clear()
         assert pack_experts(model) > 0
         torch.testing.assert_close(logits_of(model, PROMPT), expected, rtol=1e-4, atol=1e-4)
-        assert len(calls) == 2
+        # Of ours, the layers with their routers.
+        assert calls == [2 if model is ours else 1] * 2
     assert len(moe_layers(ours)) == 2
 
 
@@ -413,7 +416,7 @@ def test_experts_that_do_more_than_their_weights_say_are_refused(thresholds):
     model = converted(LLAMA, experts="thresholded-gated", **options)
     for layer in moe_layers(model):
         layer.shared.set_thresholds(*thresholds)
-    message = r"layer 0 has experts of the kind 'thresholded-gated', which has no native code; "
+    message = r"layer 0 has experts of the kind 'thresholded-gated', which have no native code; "
     for weight_format in ("float32", "int8"):
         with pytest.raises(InputError, match=message + "generate with transformers"):
             Engine(model, weight_format=weight_format, length=64)

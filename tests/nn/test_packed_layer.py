@@ -12,10 +12,10 @@ import torch
 from nn_cases import make_layer, make_router, tokens
 
 from moesaic.inference import pack_experts
-from moesaic.nn import packed_layer
 from moesaic.nn.layer import all_experts_on, record_routing
 from moesaic.nn.operating_point import threshold_at
 from moesaic.nn.routers._table import ROUTERS
+from moesaic.ops import select
 from moesaic.ops.cpu import library
 from moesaic.ops.cpu.ffn import PackedFfn, PackedRouter
 from moesaic.ops.cpu.packed import PackedExperts
@@ -169,8 +169,8 @@ def test_what_else_is_asked_of_a_layer_takes_the_modules(monkeypatch):
 @pytest.mark.parametrize("change", ["in-place", "replaced", "module"])
 @torch.no_grad()
 def test_a_changed_layer_is_noticed(change, monkeypatch, caplog):
-    monkeypatch.setattr(packed_layer, "_said", set())
-    caplog.set_level(logging.INFO, logger="moesaic.nn.packed_layer")
+    monkeypatch.setattr(select, "_said", set())
+    caplog.set_level(logging.INFO, logger="moesaic.ops.select")
     layer, h_TD = packed_layer_of(), tokens(5).float()
     calls = calls_of(layer, monkeypatch)
     if change == "in-place":
@@ -206,8 +206,8 @@ def test_the_threshold_moves_without_packing_again(monkeypatch):
 
 @torch.no_grad()
 def test_a_router_without_native_code_is_named(monkeypatch, caplog):
-    monkeypatch.setattr(packed_layer, "_said", set())
-    caplog.set_level(logging.INFO, logger="moesaic.nn.packed_layer")
+    monkeypatch.setattr(select, "_said", set())
+    caplog.set_level(logging.INFO, logger="moesaic.ops.select")
     layer = packed_layer_of(router="cmoe")
     assert layer.packed is None
     assert "has the router 'cmoe', which has no native code" in caplog.text
@@ -222,3 +222,34 @@ def test_bfloat16_in_and_out_is_rounded_once(T):
     assert half.dtype == torch.bfloat16
     assert full.dtype == torch.float32
     assert torch.equal(half, full.bfloat16())
+
+
+def native_calls(graph):
+    return [str(n.target) for n in graph.nodes if "moesaic" in str(n.target)]
+
+
+@pytest.mark.parametrize("name", ["topk-softmax", "sigmoid-threshold"])
+@torch.no_grad()
+def test_a_compiled_layer_is_one_operator(name):
+    layer, h_BSD = packed_layer_of(router=name), tokens(6).float().reshape(2, 3, D)
+    seen = []
+
+    def keep(module, inputs):
+        seen.append(native_calls(module.graph))
+        return module
+
+    compiled = torch.compile(layer, backend=keep, fullgraph=True)
+    assert torch.equal(compiled(h_BSD), layer(h_BSD))
+    assert seen == [["moesaic.layer"]]
+    if name == "sigmoid-threshold":
+        # Until native code has followed, the graph is one of modules.
+        with threshold_at(layer, 0.6):
+            torch.testing.assert_close(compiled(h_BSD), layer(h_BSD), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_exported_layer_is_one_operator():
+    layer, h_BSD = packed_layer_of(), tokens(6).float().reshape(2, 3, D)
+    exported = torch.export.export(layer, (h_BSD,))
+    assert native_calls(exported.graph) == ["moesaic.layer.default"]
+    assert torch.equal(exported.module()(h_BSD), layer(h_BSD))

@@ -311,9 +311,7 @@ def _check_layers(model: nn.Module) -> None:
     for i, layer in enumerate(moe_layers(model)):
         reason = why_not_packed(layer)
         if reason:
-            raise InputError(
-                f"layer {i} {reason}, which has no native code; generate with transformers"
-            )
+            raise InputError(f"layer {i} {reason}; generate with transformers")
         router = layer.router
         # The tokens of several sequences are one batch there, without their ids.
         if router is not None and (

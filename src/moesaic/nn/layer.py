@@ -165,9 +165,11 @@ class MoELayer(nn.Module):
         Returns:
             Outputs, in the shape and dtype of h.
         """
+        if self.packed is not None:
+            out = self.packed(self, h)
+            if out is not None:
+                return out
         h_TD = h.reshape(-1, self.dim)
-        if self.packed is not None and self.packed.serves(self, h_TD):
-            return self.packed(h_TD).reshape(h.shape)
         state = replace(state or RouterState(), num_sequences=math.prod(h.shape[:-2]))
         if self.all_on or self.router is None:
             return self._run(h_TD, None, state)[0].reshape(h.shape)

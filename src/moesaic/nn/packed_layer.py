@@ -8,20 +8,18 @@ Shapes: T tokens, D model width.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.layer import MoELayer
 from moesaic.ops.cpu.ffn import PackedFfn, PackedRouter
-from moesaic.ops.cpu.operators import Sources, version_of
-from moesaic.ops.cpu.packed import Format, PackedExperts, PackedLinear, supports
-
-logger = logging.getLogger(__name__)
-_said: set[str] = set()
+from moesaic.ops.cpu.operators import Sources, traced, version_of
+from moesaic.ops.cpu.packed import Format, PackedExperts, PackedLinear
+from moesaic.ops.select import say_once
 
 
 def why_not_packed(layer: MoELayer) -> str:
@@ -31,17 +29,17 @@ def why_not_packed(layer: MoELayer) -> str:
     """
     config = layer.config
     if layer.free is not None:
-        return f"has free experts ({', '.join(layer.free.kinds)})"
+        return f"has free experts ({', '.join(layer.free.kinds)}), which have no native code"
     if config.iterations > 1 or config.iteration_residual != "none":
         return (
             f"runs {config.iterations} times in a row with residual "
-            f"{config.iteration_residual!r}"
+            f"{config.iteration_residual!r}, which has no native code"
         )
     if config.reuse > 1:
-        return f"uses the experts of {config.reuse} layers"
+        return f"uses the experts of {config.reuse} layers, which has no native code"
     for part in (layer.experts, layer.shared):
         if part is not None and not computes_weights(part):
-            return f"has experts of the kind {config.experts!r}"
+            return f"has experts of the kind {config.experts!r}, which have no native code"
     return ""
 
 
@@ -103,10 +101,13 @@ class PackedLayer:
         parts = [None if part is None else part.packed for part in (layer.experts, layer.shared)]
         self._ffn = _assembled(layer, weight_format, *parts)  # type: ignore[arg-type]
         self._router = layer.router
+        self._settings = {} if layer.router is None else vars(layer.router)
+        names = () if layer.router is None else layer.router.moving
+        self._moving = {name: self._settings[name] for name in names}
         self._experts = [part for part in (layer.experts, layer.shared) if part is not None]
         modules = list(layer.modules())
-        # Dictionaries of modules, read at every call: asking the modules would take longer than
-        # routing.
+        # Dictionaries of the modules, and not the modules: every object that is looked at costs
+        # more than the comparison (see `run_layer`).
         self._children = [
             (module._modules, name, child)
             for module in modules
@@ -117,58 +118,72 @@ class PackedLayer:
             for module in modules[1:]
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        self._tensors: list[tuple[dict[str, Any], str, Tensor, int]] = [
-            (store, name, tensor, tensor.data_ptr())
+        self._tensors: list[tuple[dict[str, Any], str, Tensor, int, int]] = [
+            (store, name, tensor, tensor.data_ptr(), version_of(tensor))
             for module in modules
             for store in (module._parameters, module._buffers)
             for name, tensor in store.items()
             if tensor is not None
         ]
-        tensors = [tensor for _, _, tensor, _ in self._tensors]
-        self._sources = Sources(tensors, [version_of(tensor) for tensor in tensors])
+        self._sources = Sources([x[2] for x in self._tensors], [x[4] for x in self._tensors])
 
-    def __call__(self, h_TD: Tensor) -> Tensor:
-        """Apply the layer to tokens, [T, D] to [T, D]."""
-        return self._ffn(h_TD, self._sources)
+    def __call__(self, layer: MoELayer, h: Tensor) -> Tensor | None:
+        """Apply the layer to tokens.
 
-    def serves(self, layer: MoELayer, h_TD: Tensor) -> bool:
-        """Whether the call wants nothing else, and the layer is still what was packed."""
-        if torch.is_grad_enabled() or layer.training or layer.all_on or not h_TD.is_cpu:
-            return False
+        Args:
+            layer: What was packed.
+            h: Inputs, [..., D].
+
+        Returns:
+            Outputs, in the shape and dtype of h; none if the call wants what native code does not
+            give, or the layer is no longer what was packed.
+        """
+        if torch.is_grad_enabled() or layer.training or layer.all_on or not h.is_cpu:
+            return None
         for hooks in self._hooks:
             if hooks:
-                return False
+                return None
         for experts in self._experts:
             if experts.backend not in ("auto", "native"):
-                return False
-        if not self._is_copy():
-            _once(
+                return None
+        if not self._is_copy(traced(h)):
+            say_once(
                 "a layer changed since it was packed, so its one native call stays unused; pack "
                 "again"
             )
-            return False
-        if self._router is not None:
-            choice = self._router.choice()
-            if choice is None:
-                return False
-            if choice != self._ffn.choice:
-                self._ffn.decide_by(choice)
-        return True
+            return None
+        for name, value in self._moving.items():
+            if self._settings[name] != value:
+                if traced(h):
+                    # A graph being made cannot tell native code.
+                    return None
+                self._follow()
+        return self._ffn(h, self._sources)
 
-    def _is_copy(self) -> bool:
+    def _follow(self) -> None:
+        """Let native code decide as the router does now."""
+        choice = None if self._router is None else self._router.choice()
+        assert choice is not None, "what moves is a number in the choice"
+        self._ffn.decide_by(choice)
+        self._moving = {name: self._settings[name] for name in self._moving}
+
+    def _is_copy(self, graph: bool) -> bool:
+        """Whether modules and tensors are those that were packed.
+
+        Args:
+            graph: Whether a graph is being made, where what can be asked is less.
+        """
         for modules, name, child in self._children:
             if modules.get(name) is not child:
                 return False
-        for store, name, tensor, _ in self._tensors:
-            if store.get(name) is not tensor:
+        # What compiles has no addresses and no versions: its graph checks these whenever it runs.
+        addresses = not graph or not is_dynamo_compiling()
+        # What exports has put others in the place of all tensors.
+        exporting = graph and torch.compiler.is_exporting()
+        for store, name, tensor, address, version in self._tensors:
+            if not exporting and store.get(name) is not tensor:
                 return False
-        # A graph being made has no addresses; it checks versions whenever it runs.
-        if torch.compiler.is_compiling():
-            return True
-        for (_, _, tensor, address), version in zip(
-            self._tensors, self._sources.versions, strict=True
-        ):
-            if tensor.data_ptr() != address or version_of(tensor) != version:
+            if addresses and (tensor.data_ptr() != address or version_of(tensor) != version):
                 return False
         return True
 
@@ -179,12 +194,6 @@ def pack_layer(layer: MoELayer, weight_format: Format) -> PackedLayer | None:
     if not reason and layer.router is not None and layer.router.choice() is None:
         reason = f"has the router {layer.config.router!r}, which has no native code"
     if reason:
-        _once(f"experts run natively, but each layer in several calls: it {reason}")
+        say_once(f"experts run natively, but each layer in several calls: it {reason}")
         return None
     return PackedLayer(layer, weight_format)
-
-
-def _once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.info("%s", message)

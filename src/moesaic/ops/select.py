@@ -64,12 +64,14 @@ def choose(
 
 
 def _say(backend: Backend, why: str) -> Backend:
-    _once(f"experts run on the {backend} path: {why}")
+    say_once(f"experts run on the {backend} path: {why}")
     return backend
 
 
-def _once(message: str) -> None:
-    if message not in _said:
+def say_once(message: str) -> None:
+    """Log a message at level INFO, the first time that it is given."""
+    # A graph being made cannot log.
+    if not torch.compiler.is_compiling() and message not in _said:
         _said.add(message)
         logger.info("%s", message)
 
@@ -116,10 +118,10 @@ def _runs_native(h_TD: Tensor, weights: ExpertWeights) -> bool:
     if weights.packed is None or h_TD.device.type != "cpu":
         return False
     if torch.is_grad_enabled() and (weights.up.requires_grad or weights.down.requires_grad):
-        _once("packed weights give no gradient and stay unused; call under torch.no_grad()")
+        say_once("packed weights give no gradient and stay unused; call under torch.no_grad()")
         return False
     if not weights.packed.is_copy_of(weights):
-        _once("the weights changed since they were packed, so the copy stays unused; pack again")
+        say_once("the weights changed since they were packed, so the copy stays unused; pack again")
         return False
     return True
 

@@ -37,7 +37,6 @@ from moesaic.nn.routers._base import linear_scores
 from moesaic.ops.reference import experts_reference
 from moesaic.ops.weights import ExpertWeights
 
-
 # Scores have a spread of one and are sums in float32.
 _NEAR = 1e-4
 

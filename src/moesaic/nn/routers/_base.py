@@ -51,6 +51,7 @@ class Router(nn.Module, ABC):
         needs_tokens: Whether it needs the ids of the tokens, in its state.
         training_only: Names of parameters that take no part in evaluation.
         score_gate: What makes gates of its scores, where its weights may not tell.
+        moving: Names of plain attributes that its `choice` reads and that may be set at any time.
     """
 
     num_experts: int
@@ -60,6 +61,7 @@ class Router(nn.Module, ABC):
     needs_tokens: bool = False
     training_only: frozenset[str] = frozenset()
     score_gate: Literal["softmax", "sigmoid"] | None = None
+    moving: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, h_TD: Tensor, state: RouterState | None = None) -> Routing:

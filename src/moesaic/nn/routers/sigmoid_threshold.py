@@ -68,6 +68,7 @@ class SigmoidThreshold(Router):
     """
 
     score_gate = "sigmoid"
+    moving = ("threshold",)
 
     def __init__(self, dim: int, num_experts: int, config: SigmoidThresholdConfig) -> None:
         super().__init__()

@@ -5,13 +5,14 @@ Shapes: T tokens, E experts, S scores, D model width, R rank of the bypass.
 
 from __future__ import annotations
 
+import ctypes
 from typing import get_args
 
 from torch import Tensor
 
 from moesaic._errors import InputError
 from moesaic.ops.choice import Choice, Gate, Normalize, Rule, ScoreMap
-from moesaic.ops.cpu import operators, structs
+from moesaic.ops.cpu import library, operators, structs
 from moesaic.ops.cpu.packed import PackedExperts, PackedLinear, exact_format_of, pointer
 from moesaic.ops.cpu.run import run_layer
 
@@ -92,8 +93,8 @@ class PackedFfn:
             experts is None or experts.num_experts > router.struct.num_scores
         ):
             raise InputError(
-                f"a router of {router.struct.num_scores} scores needs as many experts or fewer, got "
-                f"{0 if experts is None else experts.num_experts}; give it its own"
+                f"a router of {router.struct.num_scores} scores needs as many experts or fewer, "
+                f"got {0 if experts is None else experts.num_experts}; give it its own"
             )
         bias_D = None if output_bias_D is None else output_bias_D.detach().float().contiguous()
         down, up = bypass or (None, None)
@@ -111,20 +112,34 @@ class PackedFfn:
             self.parts += [None] * structs.num_pointers(kind) if part is None else part.parts
         self.choice = None if router is None else router.choice
 
-    def __call__(self, h_TD: Tensor, sources: operators.Sources = operators.NO_SOURCES) -> Tensor:
-        """Apply the layer to tokens, [T, D] to [T, D]. Inference only; sums are in float32.
+        self.width = structs.width_of(self.struct)
+        self._taken = operators.take_apart(self.struct, self.parts)
+        self._reference = ctypes.byref(self.struct)
+        self._function = library.library().moesaic_layer
+
+    def __call__(self, h: Tensor, sources: operators.Sources = operators.NO_SOURCES) -> Tensor:
+        """Apply the layer to tokens. Inference only; sums are in float32.
 
         What a token gets does not depend, to the last bit, on the tokens beside it.
 
         Args:
-            h_TD: Inputs.
+            h: Inputs on the CPU, [..., D].
             sources: The weights that must be unchanged when a compiled graph runs.
+
+        Returns:
+            Outputs, in the shape and dtype of h.
         """
-        if operators.traced(h_TD):
-            return operators.layer(self.struct, self.parts, h_TD, sources)
-        return run_layer(self.struct, h_TD)
+        if h.shape[-1] != self.width or not h.is_cpu:
+            raise InputError(
+                f"native code needs inputs of shape [..., {self.width}] on the CPU, got "
+                f"{tuple(h.shape)} on {h.device}"
+            )
+        if operators.traced(h):
+            return operators.layer(self._taken, h, sources)
+        return run_layer(self._function, self._reference, self.width, h)
 
     def decide_by(self, choice: Choice) -> None:
         """Let its router decide so from now on."""
         self.choice = choice
         set_choice(self.struct.router, choice)
+        self._taken = operators.take_apart(self.struct, self.parts)

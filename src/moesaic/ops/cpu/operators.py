@@ -12,11 +12,13 @@ Shapes: T tokens, K slots per token, D model width.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from moesaic._errors import InputError, RunError
 from moesaic.ops.cpu import library, structs
@@ -24,6 +26,7 @@ from moesaic.ops.cpu.run import run_experts, run_layer
 
 _PACKED = "Tensor?[] parts, int[] sizes, float[] numbers, int lanes"
 _CHECKED = "Tensor[] sources, int[] versions"
+_PLAIN = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("moesaic", "DEF")
 
 
@@ -42,40 +45,53 @@ def version_of(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def traced(h_TD: Tensor) -> bool:
+def traced(h: Tensor) -> bool:
     """Whether a graph is being made, or the tensor only stands for one."""
-    return torch.compiler.is_compiling() or type(h_TD) is not Tensor
+    # Both are cheap where no graph is made: see `run_layer`.
+    return type(h) not in _PLAIN or is_dynamo_compiling()
+
+
+class TakenApart(NamedTuple):
+    """A packed struct as an operator is given it.
+
+    Attributes:
+        parts: Tensors, in the order of the struct's pointers.
+        sizes: Its integers, in order.
+        numbers: Its other numbers, in order.
+        lanes: Floats of a register of the machine that packed it.
+    """
+
+    parts: list[Tensor | None]
+    sizes: list[int]
+    numbers: list[float]
+    lanes: int
+
+
+def take_apart(struct: Any, parts: Sequence[Tensor | None]) -> TakenApart:
+    """Take a struct apart."""
+    lanes = int(library.library().moesaic_lanes())
+    return TakenApart(list(parts), *structs.numbers_of(struct), lanes)
 
 
 def experts(
-    struct: structs.Experts,
-    parts: Sequence[Tensor | None],
-    h_TD: Tensor,
-    ids_TK: Tensor,
-    weights_TK: Tensor,
-    sources: Sources,
+    taken: TakenApart, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, sources: Sources
 ) -> Tensor:
     """Call `moesaic::experts`; see `run_experts`."""
-    out: Tensor = torch.ops.moesaic.experts(
-        h_TD, ids_TK, weights_TK, *_taken_apart(struct, parts, sources)
-    )
+    out: Tensor = torch.ops.moesaic.experts(h_TD, ids_TK, weights_TK, *taken, *_kept(sources))
     return out
 
 
-def layer(
-    struct: structs.Ffn, parts: Sequence[Tensor | None], h_TD: Tensor, sources: Sources
-) -> Tensor:
+def layer(taken: TakenApart, h: Tensor, sources: Sources) -> Tensor:
     """Call `moesaic::layer`; see `run_layer`."""
-    out: Tensor = torch.ops.moesaic.layer(h_TD, *_taken_apart(struct, parts, sources))
+    out: Tensor = torch.ops.moesaic.layer(h, *taken, *_kept(sources))
     return out
 
 
-def _taken_apart(struct: Any, parts: Sequence[Tensor | None], sources: Sources) -> tuple[Any, ...]:
-    sizes, numbers = structs.numbers_of(struct)
+def _kept(sources: Sources) -> tuple[list[Tensor], list[int]]:
     # What is exported holds its own weights, of which nothing else is a source.
-    kept = NO_SOURCES if torch.compiler.is_exporting() else sources
-    lanes = int(library.library().moesaic_lanes())
-    return list(parts), sizes, numbers, lanes, list(kept.tensors), list(kept.versions)
+    if torch.compiler.is_exporting():
+        return [], []
+    return list(sources.tensors), list(sources.versions)
 
 
 def _together(kind: Any, parts: Any, sizes: Any, numbers: Any, lanes: int) -> Any:
@@ -85,7 +101,9 @@ def _together(kind: Any, parts: Any, sizes: Any, numbers: Any, lanes: int) -> An
             f"this graph has weights packed for registers of {lanes} floats and this machine's "
             f"have {here}; export it here"
         )
-    return structs.rebuilt(kind, [None if x is None else x.data_ptr() for x in parts], sizes, numbers)
+    return structs.rebuilt(
+        kind, [None if x is None else x.data_ptr() for x in parts], sizes, numbers
+    )
 
 
 def _check_sources(sources: Sequence[Tensor], versions: Sequence[int]) -> None:
@@ -96,9 +114,7 @@ def _check_sources(sources: Sequence[Tensor], versions: Sequence[int]) -> None:
         )
 
 
-def _experts_cpu(
-    h: Tensor, ids: Tensor, weights: Tensor, *rest: Any
-) -> Tensor:
+def _experts_cpu(h: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
     *packed, sources, versions = rest
     _check_sources(sources, versions)
     return run_experts(_together(structs.Experts, *packed), h, ids, weights)
@@ -107,7 +123,9 @@ def _experts_cpu(
 def _layer_cpu(h: Tensor, *rest: Any) -> Tensor:
     *packed, sources, versions = rest
     _check_sources(sources, versions)
-    return run_layer(_together(structs.Ffn, *packed), h)
+    struct = _together(structs.Ffn, *packed)
+    function = library.library().moesaic_layer
+    return run_layer(function, ctypes.byref(struct), structs.width_of(struct), h)
 
 
 def _like_rows(h: Tensor, *rest: Any) -> Tensor:

@@ -76,7 +76,9 @@ class PackedLinear:
         self.num_outputs, self.num_inputs = on_cpu(weight_OI).shape
         rows_PRI = _pad(weight_OI, 0, 2 * lanes()).unflatten(0, (-1, 2 * lanes()))
         self._panels, self._scale = _pack(rows_PRI, weight_format)
-        self._bias = None if bias_O is None else _pad(bias_O.detach().float(), 0, 2 * lanes()).contiguous()
+        self._bias = (
+            None if bias_O is None else _pad(bias_O.detach().float(), 0, 2 * lanes()).contiguous()
+        )
         self.padded = rows_PRI.shape[0] * rows_PRI.shape[1]
         # In the order of the struct's pointers.
         self.parts = [self._panels, self._scale, self._bias]
@@ -124,9 +126,13 @@ class PackedExperts:
         self._down, self._down_scale = _pack(down_PRF, weight_format)
         self._up_bias, self._down_bias = None, None
         if weights.up_bias is not None:
-            self._up_bias = _rows(weights.up_bias.detach().float(), weights.gated, per_panel).contiguous()
+            self._up_bias = _rows(
+                weights.up_bias.detach().float(), weights.gated, per_panel
+            ).contiguous()
         if weights.down_bias is not None:
-            self._down_bias = _pad(weights.down_bias.detach().float(), 1, 2 * per_register).contiguous()
+            self._down_bias = _pad(
+                weights.down_bias.detach().float(), 1, 2 * per_register
+            ).contiguous()
         self._neuron_limits, self._gate_limits = None, None
         if weights.thresholds is not None:
             _, neuron_EF, gate_EF = weights.thresholds

@@ -6,6 +6,7 @@ Shapes: T tokens, K slots per token, D model width, I inputs, O outputs.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,34 +45,51 @@ def run_experts(
         )
     ids_TK = on_cpu(ids_TK).to(torch.int64).contiguous()
     weights_TK = on_cpu(weights_TK).float().contiguous()
-    out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
-    library.call(
-        "moesaic_experts",
+    out_TD = torch.empty_like(x_TD)
+    failed = library.library().moesaic_experts(
         ctypes.byref(struct),
         x_TD.data_ptr(),
-        x_TD.dtype == torch.bfloat16,
+        x_TD.dtype is torch.bfloat16,
         ids_TK.data_ptr(),
         weights_TK.data_ptr(),
         num_tokens,
         num_slots,
         out_TD.data_ptr(),
+        torch.get_num_threads(),
     )
-    return out_TD.to(h_TD.dtype)
+    if failed:
+        raise library.out_of_memory("moesaic_experts")
+    return out_TD if x_TD.dtype is h_TD.dtype else out_TD.to(h_TD.dtype)
 
 
-def run_layer(struct: structs.Ffn, h_TD: Tensor) -> Tensor:
-    """Route tokens and apply a whole layer, [T, D] in the dtype of h_TD."""
-    x_TD = _rows(h_TD, (struct.experts if struct.experts.experts else struct.shared).inputs)
-    out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
-    library.call(
-        "moesaic_layer",
-        ctypes.byref(struct),
-        x_TD.data_ptr(),
-        x_TD.dtype == torch.bfloat16,
-        x_TD.shape[0],
-        out_TD.data_ptr(),
+def run_layer(function: Any, struct: Any, width: int, h: Tensor) -> Tensor:
+    """Route tokens and apply a whole layer.
+
+    The memory of one token's experts passes through the caches between two calls, so every object
+    that Python touches here is fetched anew: there are few of them.
+
+    Args:
+        function: `moesaic_layer` of the library.
+        struct: Reference to a `structs.Ffn`.
+        width: D.
+        h: Inputs on the CPU, [..., D].
+
+    Returns:
+        Outputs, in the shape and dtype of h.
+    """
+    x = (h if h.dtype in _DIRECT else h.float()).contiguous()
+    out = torch.empty_like(x)
+    failed = function(
+        struct,
+        x.data_ptr(),
+        x.dtype is torch.bfloat16,
+        x.numel() // width,
+        out.data_ptr(),
+        torch.get_num_threads(),
     )
-    return out_TD.to(h_TD.dtype)
+    if failed:
+        raise library.out_of_memory("moesaic_layer")
+    return out if out.dtype is h.dtype else out.to(h.dtype)
 
 
 def on_cpu(x: Tensor) -> Tensor:

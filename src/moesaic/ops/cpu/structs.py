@@ -132,6 +132,10 @@ class Batch(ctypes.Structure):
     ]
 
 
+def width_of(ffn: Ffn) -> int:
+    """D of a layer that has experts of any kind."""
+    return int((ffn.experts if ffn.experts.experts else ffn.shared).inputs)
+
 
 def width_of(ffn: Ffn) -> int:
     """D of a layer that has experts of any kind."""
