@@ -69,11 +69,11 @@ class DSMoE:
             blocks that are off leave out; 0 for none. If not given, a 48th of the layer's width
             where routers are fitted. Its weights count into `active`.
         kept: Part of the weights of a block that is on which a token uses: gates and neurons under
-            thresholds, fitted to the calibration inputs, count as zero. What that saves lets more
-            blocks be on. 1 for none (the paper). If not given, more with a larger `active`.
-        inputs: Part of the inputs that gate and up read, likewise. Loses less still at the same
-            count of weights, but columns of a matrix are not read apart by any code of ours, so it
-            saves no time; for those who compare with what counts them.
+            thresholds, fitted to the calibration inputs, count as zero, so that more blocks can be
+            on. 1 is all of them (the paper); none leaves it to `active`. It loses much less at the
+            same count of weights and no time is saved by it: scattered rows of a kilobyte are read
+            no faster than all of them in order (docs/concepts/speed.md).
+        inputs: Part of the inputs that gate and up read, likewise.
         refit: Whether the down products of fitted layers are moved, by least squares, to where what
             is used makes up for what is not. All gates on is then no longer the dense network.
         compensate: Whether a block that is off leaves its mean output over the calibration text,
@@ -95,7 +95,7 @@ class DSMoE:
         default_factory=lambda: SigmoidThresholdConfig(value="one", normalize="none", bias=True)
     )
     bypass: int | None = None
-    kept: float | None = None
+    kept: float | None = 1.0
     inputs: float = 1.0
     refit: bool = True
     compensate: bool = False
@@ -131,8 +131,7 @@ class DSMoE:
                 f"bypass must be at least 0, and 0 unless init is 'gram', got {self.bypass} with "
                 f"init {self.init!r}"
             )
-        trimmed = self.kept not in (None, 1.0) or self.inputs != 1.0
-        if trimmed and (self.init != "gram" or self.compensate):
+        if (self.kept != 1.0 or self.inputs != 1.0) and (self.init != "gram" or self.compensate):
             raise InputError(
                 "kept and inputs must be 1 unless init is 'gram' and compensate false, got "
                 f"{self.kept} and {self.inputs} with init {self.init!r}"
@@ -176,7 +175,7 @@ class DSMoE:
             return {}
         if self.kept == 1.0 and self.inputs == 1.0:
             return {}
-        # Found best at a quarter, a half and three quarters of three layers of a small model.
+        # Near the best at a quarter, a half and three quarters of three layers of a small model.
         kept = 0.55 + 0.4 * self.active if self.kept is None else self.kept
         if not gated:
             return {"inputs": self.inputs, "neurons": min(1.0, 2 * kept - self.inputs)}
@@ -207,7 +206,6 @@ PRESETS: dict[str, DSMoE] = {
         experts=8,
         partition="contiguous",
         init="random",
-        kept=1.0,
         refit=False,
         router=SigmoidThresholdConfig(),
         sparse_coef=1.0,
