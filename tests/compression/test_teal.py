@@ -34,8 +34,8 @@ from moesaic.compression.sparsity.teal import (
 from moesaic.evaluation import evaluate_perplexity
 from moesaic.models import checkpoint
 from moesaic.models.ffn import FFN
-from moesaic.ops.weights import keep_large
 from moesaic.nn.layer import moe_layers
+from moesaic.ops.weights import keep_large
 
 LLAMA = Case("llama", {})
 PLAIN = Case("opt", {"activation_function": "gelu"})

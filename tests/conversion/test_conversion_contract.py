@@ -52,7 +52,9 @@ def converted(name, config, stats):
 
 def as_cut(config):
     """Settings that leave the experts as they are cut."""
-    return dataclasses.replace(config, refit=False, kept=1.0) if hasattr(config, "refit") else config
+    return (
+        dataclasses.replace(config, refit=False, kept=1.0) if hasattr(config, "refit") else config
+    )
 
 
 def without(ability, name):

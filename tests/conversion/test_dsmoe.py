@@ -13,6 +13,7 @@ from moesaic.conversion.dsmoe import PRESETS, DSMoE, convert_dsmoe
 from moesaic.conversion.partition._table import PARTITIONS
 from moesaic.evaluation.activity import ActivityMeter
 from moesaic.models.architectures import architecture_of
+from moesaic.models.checkpoint import load, new_manifest, save
 from moesaic.models.ffn import decoder_layers, dense_ffn_width, read_ffn
 from moesaic.nn.layer import all_experts_on, moe_layers, record_routing
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThresholdConfig
@@ -133,6 +134,60 @@ def test_a_refit_brings_the_model_nearer_and_is_no_longer_its_parent(tmp_path):
     assert away[True][1] < away[False][1]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "case", [LLAMA, Case("llama", {"mlp_bias": True}), Case("opt", {})], ids=str
+)
+def test_thresholds_count_into_the_budget_and_bring_the_model_nearer(case, tmp_path):
+    config = DSMoE(experts=4, active=0.5, fit_steps=10, allocation="uniform", bypass=0)
+    stats = stats_for(config, tmp_path, case)
+    ids_NS = stats.whole()["tokens.ids_NS"].long()
+    dense = dense_model(case)(ids_NS).logits
+    away = {}
+    for kept in (1.0, None):
+        settings = dataclasses.replace(config, kept=kept)
+        model, results = convert_dsmoe(dense_model(case), stats, settings)
+        meter = ActivityMeter(model, dense_ffn_width(model.config))
+        with meter.reading("text", ids_NS.numel()):
+            away[kept] = (model(ids_NS).logits - dense).norm()
+        assert sum(results["active_per_layer"]) / LAYERS == pytest.approx(0.5, abs=1e-3)
+        # Met on the text that it was settled on, which each layer saw as the layers before left it.
+        assert meter.result().mean() == pytest.approx(0.5, abs=0.02)
+    assert away[None] < 0.9 * away[1.0]
+    options = model.config.moesaic["layers"][0]["experts_options"]
+    gated = case.model_type != "opt"
+    assert options == pytest.approx(
+        {"inputs": 1.0, **settings.kept_parts(gated=gated), **({} if gated else {"gates": 1.0})}
+    )
+    assert moe_layers(model)[0].experts.expected_share() == pytest.approx(0.75)
+    assert model.config.moesaic["exact"] is False
+    save(model, tmp_path / "saved", new_manifest("tiny", model))
+    again = load(tmp_path / "saved")
+    torch.testing.assert_close(again(ids_NS).logits, model(ids_NS).logits)
+
+
+def test_thresholds_of_inputs_count_too(tmp_path):
+    config = DSMoE(experts=4, active=0.5, fit_steps=10, inputs=0.8, kept=0.7, allocation="uniform")
+    stats = stats_for(config, tmp_path)
+    model, _ = convert_dsmoe(dense_model(LLAMA), stats, config)
+    ids_NS = stats.whole()["tokens.ids_NS"].long()
+    meter = ActivityMeter(model, dense_ffn_width(model.config))
+    with meter.reading("text", ids_NS.numel()), torch.no_grad():
+        model(ids_NS)
+    assert meter.result().mean() == pytest.approx(0.5, abs=0.02)
+    assert moe_layers(model)[0].experts.expected_share() == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("kept", [0.6, 0.75, 0.9, 0.99])
+@pytest.mark.parametrize("inputs", [0.6, 1.0])
+def test_kept_parts_add_up(kept, inputs):
+    config = DSMoE(kept=kept, inputs=inputs)
+    parts = config.kept_parts(gated=True)
+    assert 0 < parts["neurons"] <= parts["gates"] <= 1
+    total = (inputs * (1 + parts["gates"]) + parts["neurons"]) / 3
+    assert total == pytest.approx(min(kept, (2 * inputs + 1) / 3))
+
+
 def test_a_bypass_that_leaves_no_room_is_refused(tmp_path):
     config = DSMoE(experts=4, active=0.3, bypass=30, fit_steps=3)
     stats = stats_for(config, tmp_path)
@@ -169,9 +224,9 @@ def test_compensation_keeps_the_dense_model_and_leaves_the_mean_of_what_is_off(c
         torch.testing.assert_close(out_TD, mean_D.expand(3, -1), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("compensate", [False, True])
-def test_an_interrupted_conversion_goes_on(compensate, tmp_path):
-    config = DSMoE(experts=4, active=0.5, fit_steps=5, compensate=compensate)
+@pytest.mark.parametrize("options", [{}, {"compensate": True}, {"kept": None}], ids=str)
+def test_an_interrupted_conversion_goes_on(options, tmp_path):
+    config = DSMoE(experts=4, active=0.5, fit_steps=5, **options)
     stats = stats_for(config, tmp_path / "stats")
     whole, results = convert_dsmoe(dense_model(LLAMA), stats, config)
     with pytest.raises(Killed):
@@ -203,6 +258,12 @@ def test_bfloat16_stays_bfloat16(tmp_path):
         ({"init": "open", "router": SigmoidThresholdConfig()}, "needs router.bias"),
         ({"partition_options": {"scal": 1}}, "did you mean scale"),
         ({"seed": -1}, "seed must be at least 0"),
+        (
+            {"kept": 0.3},
+            r"kept must be in \[0.6, 1\] and inputs in \(0, 1\], got 0.3 and 1.0; 1 keeps",
+        ),
+        ({"inputs": 0.0}, r"kept must be in \[0.6, 1\] and inputs in \(0, 1\], got 1.0 and 0.0"),
+        ({"kept": 0.7, "init": "open"}, "kept and inputs must be 1 unless init is 'gram' and comp"),
         (
             {"router": SigmoidThresholdConfig(threshold=0.0, value="one", bias=True)},
             "needs a router.threshold above 0",

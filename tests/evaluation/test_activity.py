@@ -93,7 +93,9 @@ def test_thresholds_are_measured_token_by_token(blocks):
     ids = torch.from_numpy(blocks.ids_NS).long()
     seen = []
     handles = [
-        layer.shared.register_forward_hook(lambda m, args, out: seen.append(m.used_TE(args[0])[:, 0]))
+        layer.shared.register_forward_hook(
+            lambda m, args, out: seen.append(m.used_TE(args[0])[:, 0])
+        )
         for layer in moe_layers(model)
     ]
     with torch.no_grad(), record_use(model) as uses:
@@ -136,7 +138,9 @@ def test_thresholds_of_experts_count_where_they_are_on(blocks):
     assert activation.mean_per_layer() == pytest.approx(expected)
     on = [float(use.routings[0].active_T().double().mean()) / 4 for use in uses]
     assert all(0.2 * b < a < 0.8 * b for a, b in zip(expected, on, strict=True))
-    torch.testing.assert_close(token_fractions(model, uses, WIDTH), (worth[0] + worth[1]) / 4 / LAYERS)
+    torch.testing.assert_close(
+        token_fractions(model, uses, WIDTH), (worth[0] + worth[1]) / 4 / LAYERS
+    )
     cost = model_cost(model, activation.mean_per_layer())
     assert cost.active_ffn_fraction == pytest.approx(activation.mean())
 

@@ -410,17 +410,40 @@ def test_a_dense_model_has_no_experts_to_pack():
         pack_experts(dense_model(LLAMA))
 
 
-@pytest.mark.parametrize("thresholds", [(0.0, 0.0), (0.5, 0.1)], ids=str)
-def test_experts_that_do_more_than_their_weights_say_are_refused(thresholds):
-    options = {"num_experts": 0, "shared_width": 48, "router": "", "width": 0}
+def thresholded(**options):
+    """A model whose experts leave out what is small."""
     model = converted(LLAMA, experts="thresholded-gated", **options)
     for layer in moe_layers(model):
-        layer.shared.set_thresholds(*thresholds)
-    message = r"layer 0 has experts of the kind 'thresholded-gated', which have no native code; "
+        for part in (layer.experts, layer.shared):
+            if part is not None:
+                part.set_thresholds(0.0, 0.02, 0.01)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_width": 16}], ids=["routed", "shared"])
+def test_thresholds_of_gates_and_neurons_are_kept(options):
+    model = thresholded(**options)
+    want = logits_of(model, PROMPT)
+    for layer in moe_layers(model):
+        layer.experts.set_thresholds(0.0, 0.0)
+    assert (logits_of(model, PROMPT) - want).abs().max() > 1e-3, "they make a difference"
+    model = thresholded(**options)
+    expected = model.generate(PROMPT.unsqueeze(0), max_new_tokens=20, do_sample=False)
+    engine = Engine(model, length=64)
+    assert engine.generate(PROMPT.tolist(), 20) == expected[0, len(PROMPT) :].tolist()
+    assert pack_experts(model) > 0
+    torch.testing.assert_close(logits_of(model, PROMPT), want, rtol=1e-4, atol=1e-4)
+
+
+def test_thresholds_of_inputs_are_refused():
+    model = thresholded()
+    moe_layers(model)[0].experts.set_thresholds(0.5, 0.1)
     for weight_format in ("float32", "int8"):
-        with pytest.raises(InputError, match=message + "generate with transformers"):
+        with pytest.raises(
+            InputError, match=r"layer 0 leaves out inputs of its experts, which has no"
+        ):
             Engine(model, weight_format=weight_format, length=64)
-    with pytest.raises(InputError, match=r"activation 'of its own' has no native code; gelu"):
+    with pytest.raises(InputError, match=r"nor have thresholds of inputs; gelu"):
         pack_experts(model)
 
 

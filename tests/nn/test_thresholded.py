@@ -13,10 +13,10 @@ from moesaic._errors import InputError
 from moesaic.nn.experts._base import ExpertsConfig
 from moesaic.nn.experts._table import EXPERTS
 from moesaic.nn.experts.thresholded import Thresholded, ThresholdedConfig
-from moesaic.ops.weights import keep_large
 from moesaic.nn.layer import LayerConfig, MoELayer
 from moesaic.nn.routing import Routing
 from moesaic.nn.shape import layer_shape
+from moesaic.ops.weights import keep_large
 
 E, F, D, T = 4, 6, 17, 63
 KINDS = [name for name in EXPERTS if name.startswith("thresholded-")]
@@ -205,7 +205,11 @@ def test_layer_keeps_thresholds_with_its_weights(name):
 def test_expected_share_by_hand():
     options = {"inputs": 0.5, "gates": 0.75, "neurons": 0.25}
     config = LayerConfig(
-        num_experts=4, width=6, router="topk-softmax", experts="thresholded-gated", experts_options=options
+        num_experts=4,
+        width=6,
+        router="topk-softmax",
+        experts="thresholded-gated",
+        experts_options=options,
     )
     layer = MoELayer(D, config)
     # Half of the gate rows, half of three quarters of the up rows, a quarter of the down rows.
@@ -214,7 +218,10 @@ def test_expected_share_by_hand():
     shape = layer_shape(layer, dense_width=24)
     assert shape.expected_fraction(2.0) == pytest.approx(0.375 / 2)
     assert shape.experts_on(0.375 / 2) == pytest.approx(0.5)
-    plain = MoELayer(D, dataclasses.replace(config, experts="thresholded-plain", experts_options={"neurons": 0.5}))
+    plain = MoELayer(
+        D,
+        dataclasses.replace(config, experts="thresholded-plain", experts_options={"neurons": 0.5}),
+    )
     assert plain.experts.expected_share() == pytest.approx(0.75)
 
 

@@ -1,8 +1,9 @@
 """Fit the down product of a layer to what its blocks should give together: ridge regression.
 
-Ours. Once it is known which neurons a token uses, the layer's output is linear in the down product, and
-least squares moves it to where they make up for those that are left out, as SparseGPT (arXiv 2301.00774) does for weights that are removed. All blocks together are then no
-longer the network that they were cut from.
+Ours. Once it is known which neurons a token uses, the layer's output is linear in the down
+product, and least squares moves it to where they make up for those that are left out, as SparseGPT
+(arXiv 2301.00774) does for weights that are removed. All blocks together are then no longer the
+network that they were cut from.
 
 Shapes: B tokens, M neurons of all blocks together, E experts, F width of one expert, D model width.
 """

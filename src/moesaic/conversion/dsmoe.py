@@ -36,10 +36,10 @@ from moesaic.conversion.gram_router import (
     fit_router,
     move_bias,
 )
-from moesaic.conversion.threshold_fit import fit_thresholds
 from moesaic.conversion.partition._base import validate_num_experts
 from moesaic.conversion.partition._settings import partition_collectors, partition_settings
 from moesaic.conversion.partition._table import PARTITIONS
+from moesaic.conversion.threshold_fit import fit_thresholds
 from moesaic.models.ffn import FFN, dense_ffn_width
 from moesaic.nn.experts.thresholded import Thresholded
 from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers
@@ -71,8 +71,7 @@ class DSMoE:
         kept: Part of the weights of a block that is on which a token uses: gates and neurons under
             thresholds, fitted to the calibration inputs, count as zero, so that more blocks can be
             on. 1 is all of them (the paper); none leaves it to `active`. It loses much less at the
-            same count of weights and no time is saved by it: scattered rows of a kilobyte are read
-            no faster than all of them in order (docs/concepts/speed.md).
+            same count of weights, and saves no time: what is left out is a mask on the blocks.
         inputs: Part of the inputs that gate and up read, likewise.
         refit: Whether the down products of fitted layers are moved, by least squares, to where what
             is used makes up for what is not. All gates on is then no longer the dense network.
@@ -281,8 +280,9 @@ def settle(
 ) -> dict[str, Any]:
     """Share the budget among the layers, and fit each to its part on what the ones before it give.
 
-    What it writes is the bias of the routers, the thresholds, the bypass and, with `refit`, the down
-    products. With these put back, one fitted model can be settled on one budget after the other.
+    What it writes is the bias of the routers, the thresholds, the bypass and, with `refit`, the
+    down products. With these put back, one fitted model can be settled on one budget after the
+    other.
 
     Args:
         model: What `fit_dsmoe` made.

@@ -1,9 +1,9 @@
-"""Place the thresholds of a layer's gates and neurons: what adds little to the output counts as zero.
+"""Place the thresholds of a layer's gates and neurons: what adds little counts as zero.
 
 Ours. A neuron adds its magnitude times the length of its column of the down product; one threshold
-on that for all neurons of a layer keeps the asked-for part of those in blocks that are on. A gate is
-judged before the up product is known, by what its neuron would add at the root mean square of that
-product.
+on that for all neurons of a layer keeps the asked-for part of those in blocks that are on. A gate
+is judged before the up product is known, by what its neuron would add at the root mean square of
+that product.
 
 Shapes: B tokens, E experts, F width of one expert, D model width.
 """

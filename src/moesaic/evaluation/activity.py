@@ -4,9 +4,10 @@ The active fraction is the weights of the feed-forward networks that a token use
 the dense parent's, so that cut models, pruned ones, thresholded ones and their parent compare. A
 neuron's weights are alike, so of a model that switches whole experts it is the active neurons over
 the dense ones. How much of an expert that is on, or of the part that always is, a token uses they
-say themselves (`Experts.used_TE`): all of ordinary ones, the weights that are not zero of statically
-pruned ones, those whose input is large of thresholded ones. The parameters of routers are no weights of the networks: they count in
-active parameters and FLOPs (`moesaic.evaluation.cost`), not here.
+say themselves (`Experts.used_TE`): all of ordinary ones, the weights that are not zero of
+statically pruned ones, those whose input is large of thresholded ones. The parameters of routers
+are no weights of the networks: they count in active parameters and FLOPs
+(`moesaic.evaluation.cost`), not here.
 
 Shapes: T tokens, E experts of one layer, L layers.
 """
@@ -113,9 +114,7 @@ def _keep_routing(
         use.experts_T = _add(use.experts_T, routing.active_T().double() * share)
 
 
-def _keep_experts(
-    use: LayerUse, module: Experts, args: tuple[Any, ...], out: Tensor
-) -> None:
+def _keep_experts(use: LayerUse, module: Experts, args: tuple[Any, ...], out: Tensor) -> None:
     h_TD, routing = args[0], args[1]
     if routing is not None:
         used_TE = module.used_TE(h_TD) * routing.active_TE()

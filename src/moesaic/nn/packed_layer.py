@@ -40,6 +40,9 @@ def why_not_packed(layer: MoELayer) -> str:
     for part in (layer.experts, layer.shared):
         if part is not None and not computes_weights(part):
             return f"has experts of the kind {config.experts!r}, which have no native code"
+        limits = None if part is None else part.weights().thresholds
+        if limits is not None and bool(limits.input > 0):
+            return "leaves out inputs of its experts, which has no native code"
     return ""
 
 

@@ -85,7 +85,9 @@ def test_a_token_alone_is_a_token_among_others_to_the_last_bit(dim, width, weigh
 @counts
 def test_bfloat16_weights_are_only_stored_so(num_tokens):
     weights, call = make(64, 16), slots(num_tokens, 64)
-    rounded = weights._replace(up=weights.up.bfloat16().float(), down=weights.down.bfloat16().float())
+    rounded = weights._replace(
+        up=weights.up.bfloat16().float(), down=weights.down.bfloat16().float()
+    )
     packed = PackedExperts(weights, "bfloat16")
     torch.testing.assert_close(packed(*call), reference(rounded, *call), rtol=2e-5, atol=2e-5)
 

@@ -3,12 +3,12 @@
 Source: TEAL, arXiv 2408.14690: x -> x * 1[|x| > t], one threshold for each tensor that a matrix
 reads; gate and up share their input and its threshold. The compression `teal` sets these. Ours: a
 threshold for each neuron, and one for each gate after its activation, which says whether the up row
-of that neuron is read at all; the conversion `dsmoe` sets those. At zero, where all start, these are
-ordinary experts.
+of that neuron is read at all; the conversion `dsmoe` sets those. At zero, where all start, these
+are ordinary experts.
 
 A column of gate, up or down whose input is zero need not be read, nor an up row whose gate is: that
-is what it saves. Neurons are rows of whole kilobytes to the native code, which skips them for a
-token alone; torch's dense products read everything all the same.
+is what it would save. Torch's dense products read everything all the same, and so does the native
+code: one core reads scattered rows of a few kilobytes no faster than all of them in order.
 
 Shapes: T tokens, E experts, F width of one expert, D model width, R rows of one expert in the up
 product (2F if gated, else F).
@@ -16,7 +16,7 @@ product (2F if gated, else F).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as nnf
@@ -79,9 +79,9 @@ class Thresholded(Experts):
         if self.gate_threshold is not None:
             self.gate_threshold.copy_(torch.as_tensor(gates))
 
-    def keep(self, **parts: float) -> None:
-        """Say what the thresholds are to be set for: fields of `ThresholdedConfig`."""
-        self.kept = replace(ThresholdedConfig(), **parts)
+    def keep(self, *, inputs: float = 1.0, gates: float = 1.0, neurons: float = 1.0) -> None:
+        """Say what the thresholds are to be set for; see `ThresholdedConfig`."""
+        self.kept = ThresholdedConfig(inputs=inputs, gates=gates, neurons=neurons)
 
     def kept_options(self) -> dict[str, float]:
         """What they are set for, as options of a layer."""
@@ -104,9 +104,8 @@ class Thresholded(Experts):
         bias = None if weights.up_bias is None else weights.up_bias.flatten()
         z_TM = nnf.linear(x_TD, weights.up.flatten(0, 1), bias)
         z_TER = z_TM.unflatten(1, (self.num_experts, -1))
-        num_experts, num_rows, dim = weights.up.shape
-        rows_TE = torch.full(z_TER.shape[:2], weights.width, dtype=torch.float64)
-        rows_TE = rows_TE.to(z_TM.device)
+        num_experts, _, dim = weights.up.shape
+        rows_TE = z_TM.new_full(z_TER.shape[:2], weights.width, dtype=torch.float64)
         if self.gate_threshold is not None:
             gate_TEF = weights._replace(gated=False, thresholds=None).activate(
                 z_TER[..., : weights.width]

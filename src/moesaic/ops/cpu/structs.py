@@ -137,11 +137,6 @@ def width_of(ffn: Ffn) -> int:
     return int((ffn.experts if ffn.experts.experts else ffn.shared).inputs)
 
 
-def width_of(ffn: Ffn) -> int:
-    """D of a layer that has experts of any kind."""
-    return int((ffn.experts if ffn.experts.experts else ffn.shared).inputs)
-
-
 def num_pointers(kind: type[ctypes.Structure]) -> int:
     """Pointers of a struct, those of the structs in it included."""
     return sum(
