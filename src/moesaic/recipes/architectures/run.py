@@ -13,7 +13,7 @@ from moesaic._progress import SILENT, Progress
 from moesaic.analysis import Leaderboard, leaderboard_markdown, render_leaderboard
 from moesaic.evaluation.machine import flops_per_s
 from moesaic.recipes.architectures.cells import ArchitectureCell, architecture_cells
-from moesaic.recipes.architectures.matching import count_flops, dense_model
+from moesaic.recipes.architectures.matching import count, dense_model
 from moesaic.recipes.architectures.measure import matched, resolved, tokenizer_of
 from moesaic.recipes.architectures.protocol import ArchitectureProtocol
 from moesaic.recipes.comparison.cells import Selection, select
@@ -89,7 +89,7 @@ def estimate_architectures(
     """
     check_train(protocol.train, protocol.data.block)
     dense = dense_model(protocol, len(tokenizer_of(protocol.tokenizer)))
-    token_flops = _TRAINING_PASSES * count_flops(dense, 0.0, protocol.data.block)
+    token_flops = _TRAINING_PASSES * count(dense, 0.0).flops
     seconds = protocol.train.tokens * token_flops / (_EFFICIENCY * flops_per_s())
     return list_cells(
         grid_of(protocol),
