@@ -166,18 +166,20 @@ def load(path: str | Path, *, dtype: str | None = None, verify: bool = True) -> 
     return model
 
 
-def load_any(source: str) -> PreTrainedModel:
-    """Load a model to run it, converted or dense: what is there decides.
+def load_any(source: str, *, dtype: str | None = None) -> PreTrainedModel:
+    """Load a model, converted or dense: what is there decides.
 
     Args:
         source: A checkpoint of ours, or anything that `load_dense` takes.
+        dtype: Name of the dtype in memory; if none the saved one of a checkpoint of ours, float32
+            of a dense model.
 
     Raises:
         InputError: As `load` and `load_dense` do.
     """
     if read_config(source).model_type in ARCHITECTURES:
-        return load_dense(source)
-    return load(source)
+        return load_dense(source, dtype=dtype or "float32")
+    return load(source, dtype=dtype)
 
 
 def _read_model(source: str, dtype: torch.dtype | str) -> Any:
