@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from recipe_cases import recipe_values, write_recipe
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from moesaic._errors import InputError
 from moesaic._files import read_json
@@ -19,6 +20,7 @@ from moesaic.compression._table import COMPRESSIONS
 from moesaic.models import load
 from moesaic.recipes import plan, read_recipe, run_recipe
 from moesaic.recipes.claim import held
+from moesaic.recipes.plan import estimate_parameters
 from moesaic.recipes.run import Run
 
 
@@ -364,3 +366,11 @@ def test_a_compression_of_mixtures_waits_for_one(tmp_path):
     values["steps"] = [values["steps"][1], {"compress": {"method": "latent-experts"}}]
     with pytest.raises(InputError, match=r"has latent-experts before any convert; put convert"):
         read_recipe(write_recipe(tmp_path, values))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_planned_for_once(tied):
+    sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, vocab_size=500, num_attention_heads=2, tie_word_embeddings=tied)
+    count = sum(p.numel() for p in LlamaForCausalLM(config).parameters())
+    assert estimate_parameters(config) == pytest.approx(count, rel=0.02)

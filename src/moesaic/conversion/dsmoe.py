@@ -276,9 +276,9 @@ def _settle_layer(moe: MoELayer, h_TD: Tensor, share: float, config: DSMoE) -> f
     assert moe.experts is not None
     num_neurons = moe.experts.num_experts * moe.experts.width
     sample = Sample.draw(h_TD, num_neurons, config.seed)
-    move_bias(moe.router, sample.h_TD, share)
+    scores_TE = move_bias(moe.router, sample.h_TD, share)
     errors = BlockErrors(sample.h_TD, moe.experts)
-    weights_TE = moe.router(sample.h_TD).weights_TE()
+    weights_TE = moe.router.decide(scores_TE).weights_TE()
     train = torch.arange(sample.num_train)
     if config.refit:
         fit_down(moe.experts, errors, train, weights_TE[train])

@@ -160,6 +160,7 @@ def _statistics(recipe: Recipe, config: Any, width: int) -> int:
 
 
 def estimate_parameters(config: Any) -> int:
-    """Parameters of a decoder, near enough to plan with."""
+    """Parameters of a decoder, near enough to plan with; a head that is the embedding once."""
     dim, layers, width = config.hidden_size, config.num_hidden_layers, dense_ffn_width(config)
-    return int(config.vocab_size * dim * 2 + layers * (4 * dim * dim + 3 * dim * width))
+    tables = 1 if getattr(config, "tie_word_embeddings", False) else 2
+    return int(config.vocab_size * dim * tables + layers * (4 * dim * dim + 3 * dim * width))

@@ -1,4 +1,9 @@
-"""Run a comparison of architectures and write its leaderboard."""
+"""Run a comparison of architectures and write its leaderboard.
+
+Cells, lines, shards and resumption are those of `moesaic.recipes.comparison`, whose parts this
+puts together in the same order. What differs: nothing is read of a dense parent and nothing is
+calibrated, since every cell starts from fresh weights, and a width is matched to the cost first.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +41,10 @@ def compare_architectures(
     redo: bool = False,
     run: Runner = run_piece,
 ) -> list[dict[str, Any]]:
-    """Train and measure the cells of a protocol that are not measured yet.
+    """Train architectures from fresh weights and measure those that are not measured yet.
 
-    Run again after an interruption, it goes on inside the cell it was in.
+    A cell is one architecture with one seed; `moesaic.recipes.comparison.compare` instead changes
+    one dense model by methods and budgets. Both go on, run again, inside the cell they were in.
 
     Args:
         protocol: What is compared.
