@@ -20,7 +20,11 @@ import torch
 from torch import Tensor
 
 from evidence._common import Frame, Seeds, Sizes, run, text_bytes, tiny_llama, verdict
-from moesaic.compression.factorization.latent_experts import factorise, factorise_model
+from moesaic.compression.factorization.latent_experts import (
+    LatentExperts,
+    factorise,
+    factorise_experts,
+)
 from moesaic.models.architectures import ARCHITECTURES
 from moesaic.models.ffn import decoder_layers, fill_experts, read_ffn
 from moesaic.nn.experts._base import Experts
@@ -107,10 +111,10 @@ def one_seed(seed: int, sizes: Sizes) -> dict[str, Any]:
         changed = copy.deepcopy(model)
         found = {}
         if group_size > 1:
-            changed, errors = factorise_model(changed, group_size)
+            changed, errors = factorise_experts(changed, None, LatentExperts(group_size=group_size))
             down = factorise_down(copy.deepcopy(model), group_size)
             found = {
-                "matrix_error": float(np.mean([error["total"] for error in errors])),
+                "matrix_error": errors["error"],
                 "output_error": output_error(model, changed),
                 "output_error_down": output_error(model, down),
             }

@@ -56,8 +56,10 @@ COMMANDS = sorted(
 def test_command_and_its_options_exist(line, capsys):
     main = importlib.import_module("moesaic.cli.main").main
     _, command, *rest = line.split()
-    # Each benchmark has options of its own.
+    # Each benchmark and each method has options of its own.
     kind = rest[:1] if command == "bench" else []
+    if "--method" in rest:
+        kind = rest[(place := rest.index("--method")) : place + 2]
     try:
         code = main([command, *kind, "--help"])
     except SystemExit as stop:

@@ -63,8 +63,8 @@ def test_the_lowest_loss_at_equal_cost_leads():
         "it costs 106% of the FLOPs",
     ]
     b = found[0]
-    assert (b.experts_used, b.experts, b.width, b.shared) == (2.5, 4, 8, 16)
-    assert (b.max_over_mean, b.entropy, b.dead, b.total_experts) == (1.5, 0.9, 2.0, 8)
+    assert (b.experts_used.value, b.experts, b.width, b.shared) == (2.5, 4, 8, 16)
+    assert (b.max_over_mean.value, b.entropy.value, b.dead, b.total_experts) == (1.5, 0.9, 2.0, 8)
     assert b.layers == [1.5, 1.5]
     assert (found[1].width, found[1].max_over_mean, found[1].experts_used) == (64, None, None)
 
@@ -86,6 +86,7 @@ def test_sentences_say_what_is_settled():
     seeds = [dense(2.9, seed=1), line("a", 2.3, seed=1), line("b", 2.3, seed=1, load=1.25)]
     found = board_verdicts(board(*lines, *seeds))
     assert found[0].startswith("After 1,000 tokens b has the lowest loss, 2.350 (2.300-2.400) nats")
+    assert "nats per token over 2 seeds, of 3" in found[0]
     assert found[1] == "The seeds of a overlap with it: nothing is settled."
     apart = [line("a", 2.7, seed=2), line("b", 2.2, seed=2)]
     settled = board_verdicts(board(*lines[:1], *apart, line("b", 2.1)))
@@ -104,6 +105,20 @@ def test_markdown_has_a_row_for_what_was_measured_and_a_reason_for_the_rest():
         "| 6.00k | 1 |",
     ]
     assert text.endswith("Not measured:\n\n- b: it broke\n")
+
+
+def test_every_row_says_its_seeds_and_how_far_they_are_apart():
+    seeds = [line("a", 2.0), line("a", 2.25, seed=1, ratio=1.02, load=1.25, experts_used=[3.0])]
+    found = board(dense(2.5), *seeds)
+    rows = [row for row in leaderboard_markdown(found).splitlines() if row.startswith("|")]
+    assert rows[2] == (
+        "| a | 2.125 (2.000-2.250) | 1.010 (1.000-1.020) | 2.75 (2.50-3.00) + 2 of 4 "
+        "| 1.38 (1.25-1.50) | 0.900 | 2 of 8 | 1.50k | 12.3k | 6.00k | 2 |"
+    )
+    assert rows[3].endswith("| 1 |")
+    assert "- Not all have 2 seeds: dense 1." in leaderboard_markdown(found)
+    page = render_leaderboard(found)
+    assert page.count("<small>2 seeds</small>") == page.count("<small>1 seed</small>") == 1
 
 
 def test_the_page_escapes_and_draws():

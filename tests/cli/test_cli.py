@@ -114,6 +114,28 @@ def test_convert_train_generate(root, capsys):
     assert "exists; delete it" in fails_after_clear(capsys, ["convert", dense, mosaic])
 
 
+def test_a_mixture_is_compressed(root, capsys):
+    dense, mosaic, latent = (str(root / name) for name in ("dense", "to-compress", "latent"))
+    method = ["--method", "latent-experts", "--group-size", "4", "--json"]
+    assert main(["convert", dense, mosaic, "--preset", "paper", "--set", "experts=4"]) == 0
+    assert main(["compress", mosaic, latent, *method]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["output"], result["method"]) == (latent, "latent-experts")
+    assert 0 < result["error"] < 1
+    assert result["weights"] < 1
+    steps = [step["step"] for step in read_manifest(root / "latent")["steps"]]
+    assert steps == ["convert dsmoe", "compress latent-experts"]
+    parent = [read_manifest(root / name)["parent"] for name in ("to-compress", "latent")]
+    assert parent[0] == parent[1]
+    assert main(["generate", latent, "--prompt", "word1", "--max-new-tokens", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 3
+    other = str(root / "other")
+    message = "group_size must divide num_experts=4, got 3; choose a divisor"
+    assert message in fails(capsys, ["compress", mosaic, other, *method, "--group-size", "3"])
+    assert "is dense, latent-experts changes" in fails(capsys, ["compress", dense, other, *method])
+    assert "is converted already" in fails(capsys, ["compress", mosaic, other])
+
+
 def test_settings_of_a_method_are_options(root, capsys):
     out = root / "options"
     argv = ["convert", str(root / "dense"), str(out), "--preset=paper", "--router.threshold", "0.4"]

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from moesaic.conversion.allocation import allocate
-from moesaic.conversion.gram_router import FRACTIONS, BlockErrors, Sample, fit_router
+from moesaic.conversion.gram_router import (
+    FRACTIONS,
+    BlockErrors,
+    Sample,
+    fit_router,
+    move_bias,
+)
 from moesaic.nn.experts._base import ExpertsConfig
 from moesaic.nn.experts.gated import GatedExperts
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold, SigmoidThresholdConfig
@@ -204,3 +210,12 @@ def test_budget_goes_where_it_is_needed():
     assert sum(allocate([3.0, 1.0, 0.1], [square] * 3, FRACTIONS, 0.7)) == pytest.approx(
         2.1, abs=0.01
     )
+
+
+def test_a_moved_bias_gives_the_scores_that_the_router_now_has():
+    router = SigmoidThreshold(8, 6, SigmoidThresholdConfig(threshold=0.4, bias=True)).eval()
+    h_TD = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    scores_TE = move_bias(router, h_TD, 0.5)
+    routing = router(h_TD)
+    torch.testing.assert_close(scores_TE, routing.scores_TE)
+    assert routing.active_T().sum() == 150

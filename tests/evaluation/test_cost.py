@@ -6,9 +6,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from moesaic._errors import InputError
 from moesaic.evaluation import model_cost
 from moesaic.evaluation.activity import ActivityMeter
+from moesaic.evaluation.cost import matrix_flops
 from moesaic.models.architectures import ARCHITECTURES
 from moesaic.models.ffn import dense_ffn_width
-from moesaic.nn.layer import moe_layers
+from moesaic.models.mixture import MixtureConfig, build_mixture
+from moesaic.nn.layer import LayerConfig, moe_layers
 
 TOKENS = 19
 
@@ -17,12 +19,12 @@ def grouped_flops(x_shape, w_shape, *_, out_shape=None, **__):
     return 2 * x_shape[0] * w_shape[1] * w_shape[2]
 
 
-def run(model, attention="eager"):
+def run(model, attention="eager", backend="grouped"):
     """Count a real forward: FLOPs of all products, FLOPs of attention scores, active fractions."""
     model.set_attn_implementation(attention)
     for layer in moe_layers(model):
         if layer.experts is not None:
-            layer.experts.backend = "grouped"
+            layer.experts.backend = backend
     ids = torch.randint(3, VOCAB, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops}
@@ -78,6 +80,45 @@ def test_flops_with_every_router(router, options):
     total, scores, activation = run(model)
     cost = model_cost(model, activation.mean_per_layer())
     assert abs(TOKENS * cost.flops_per_token - (total - scores)) <= TOKENS / 2
+
+
+@pytest.mark.parametrize("group_size", [6, 2], ids=["one group", "three groups"])
+@pytest.mark.parametrize("reuse", [1, 2], ids=["own", "reused"])
+def test_flops_of_experts_with_weights_in_common(group_size, reuse):
+    """One projection for all is what every token uses; of several groups it may use fewer."""
+    layer = LayerConfig(
+        num_experts=6,
+        width=10,
+        shared_width=4,
+        router="topk-softmax",
+        router_options={"top_k": 6 * reuse},
+        experts="latent-gated",
+        experts_options={"group_size": group_size, "latent_width": 7},
+        reuse=reuse,
+    )
+    config = MixtureConfig(dim=16, num_layers=2, width=48, vocab_size=VOCAB, layers=(layer,))
+    model = build_mixture(config)
+    total, _, activation = run(model, backend="auto")
+    cost = model_cost(model, activation.mean_per_layer(), context=TOKENS)
+    assert TOKENS * (cost.flops_per_token + cost.attention_flops_per_token) == total
+    assert cost.flops_per_token == matrix_flops(model, activation.mean_per_layer())
+    # By hand: gate and up from 7 numbers and down, 7 numbers of every group, 4 shared neurons.
+    dense, own, common = 3 * 48 * 16, 2 * 10 * 7 + 10 * 16, 6 // group_size * 2 * 7 * 16
+    fraction = (reuse * (6 * own + common) + 3 * 4 * 16) / dense
+    assert cost.active_ffn_fraction == pytest.approx(fraction)
+
+
+def test_a_token_uses_a_projection_whatever_its_experts():
+    options = {"experts": "latent-gated", "experts_options": {"group_size": 6}}
+    layer = LayerConfig(
+        num_experts=6, width=5, router="topk-softmax", router_options={"top_k": 2}, **options
+    )
+    config = MixtureConfig(dim=16, num_layers=1, width=48, vocab_size=VOCAB, layers=(layer,))
+    model = build_mixture(config)
+    total, _, activation = run(model, backend="auto")
+    cost = model_cost(model, activation.mean_per_layer(), context=TOKENS)
+    assert TOKENS * (cost.flops_per_token + cost.attention_flops_per_token) == total
+    assert cost.total_parameters - cost.active_parameters == 4 * (2 * 5 * 5 + 5 * 16)
 
 
 def test_dense_cost_by_hand():

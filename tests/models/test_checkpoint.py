@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import httpx
 from model_cases import (
     CASES,
     DIM,
@@ -430,6 +431,26 @@ def test_directory_without_config_is_said(load, tmp_path):
 def test_hub_name_that_cannot_be_had_is_said():
     with pytest.raises(InputError, match="model 'nobody/nothing' cannot be read"):
         moesaic.load_dense("nobody/nothing")
+
+
+@pytest.mark.parametrize("load", [moesaic.load_dense, load_tokenizer])
+def test_a_hub_out_of_reach_is_said_at_once(load, monkeypatch):
+    def unreachable(self, name, *, timeout):
+        assert timeout <= 10
+        raise httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    # They would try again and again.
+    for name in ("AutoConfig", "AutoTokenizer"):
+        monkeypatch.setattr(
+            f"transformers.{name}.from_pretrained", lambda *a, **k: pytest.fail("transformers")
+        )
+    message = (
+        r"model 'nobody/here' is no directory here, the hub's cache does not hold it, and the hub "
+        r"cannot be reached \(Name or service not known\); give a directory"
+    )
+    with pytest.raises(InputError, match=message):
+        load("nobody/here")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from nn_cases import make_layer, tokens
 
 from moesaic._errors import InputError
-from moesaic.compression.factorization.latent_experts import factorise, latent_experts
+from moesaic.compression.factorization.latent_experts import (
+    LatentExperts,
+    factorise,
+    latent_experts,
+)
 from moesaic.nn.experts._base import ExpertsConfig
 from moesaic.nn.experts.gated import GatedExperts
 from moesaic.nn.experts.latent import LatentExpertsConfig, LatentGatedExperts
@@ -45,6 +49,10 @@ def routing(ids):
     return Routing(ids_TK, weights_TK * (ids_TK < E), torch.zeros(len(ids), E), E)
 
 
+def brought(**options):
+    return latent_experts(ordinary(), LatentExperts(**options))
+
+
 def test_an_expert_by_hand():
     experts, h_TD = latent(group_size=3), tokens(4, D, dtype=torch.float64)
     routed = routing([[0, 4], [5, E], [3, 1], [E, E]])
@@ -66,8 +74,8 @@ def test_experts_that_have_the_form_are_recovered(group_size, bias):
     with torch.no_grad():
         plain.gate_up_proj.copy_(made.weights().up)
         plain.down_proj.copy_(made.down_proj)
-    found, errors = latent_experts(plain, group_size)
-    assert errors["total"] < 1e-8
+    found, errors = latent_experts(plain, LatentExperts(group_size=group_size))
+    assert errors["error"] < 1e-8
     h_TD, routed = (
         tokens(9, D, dtype=torch.float64),
         routing([[t % E, (t + 2) % E] for t in range(9)]),
@@ -182,11 +190,19 @@ def test_in_a_layer_what_is_always_on_is_ordinary():
         (lambda: LatentExpertsConfig(group_size=0), r"group_size must be at least 1, got 0"),
         (lambda: LatentExpertsConfig(latent_width=-1), r"latent_width must be at least 0, got -1"),
         (lambda: latent(group_size=4), r"group_size must divide num_experts=6, got 4; choose a"),
-        (lambda: latent_experts(ordinary(), 2, 18), r"latent_width must be in \[1, dim=17\], got"),
-        (lambda: latent_experts(ordinary(), 2, rank=6), r"rank must be in \[0, 5\], got 6; 0 cuts"),
+        (lambda: brought(latent_width=18), r"latent_width must be in \[1, dim=17\], got 18; lower"),
+        (lambda: brought(rank=6), r"rank must be in \[0, 5\], got 6; 0 cuts nothing"),
+        (lambda: brought(group_size=4), r"group_size must divide num_experts=6, got 4; choose a"),
+        (lambda: LatentExperts(group_size=0), r"group_size must be at least 1, got 0; 2 is usual"),
+        (lambda: LatentExperts(latent_width=-1), r"latent_width must be at least 0, got -1; 0 is"),
+        (lambda: LatentExperts(rank=-1), r"rank must be at least 0, got -1; 0 cuts nothing"),
         (
-            lambda: latent_experts(ordinary(kind=PlainExperts), 2),
+            lambda: latent_experts(ordinary(kind=PlainExperts), LatentExperts()),
             r"are made of gated ones, got PlainExperts; convert with gated experts",
+        ),
+        (
+            lambda: latent_experts(latent(), LatentExperts()),
+            r"LatentGatedExperts are latent already; give the model that they were made of",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import pytest
 import torch
 import yaml
 from comparison_cases import in_process, stable
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from recipe_cases import write_text
 
 from moesaic._errors import InputError, RunError, UnknownNameError
 from moesaic.evaluation.balance import layer_balance
 from moesaic.evaluation.cost import model_cost
 from moesaic.models.mixture import build_mixture
+from moesaic.nn.experts._table import EXPERTS
 from moesaic.nn.routers._table import ROUTERS
 from moesaic.nn.shape import layer_shapes
 from moesaic.recipes.architectures import (
@@ -26,6 +30,7 @@ from moesaic.recipes.architectures import (
     read_architectures,
     write_leaderboard,
 )
+from moesaic.recipes.architectures.matching import nearest_width
 from moesaic.recipes.architectures.measure import curve_of, matched
 from moesaic.recipes.comparison import Selection, read_lines
 from moesaic.recipes.comparison.process import Outcome
@@ -283,6 +288,45 @@ def test_every_router_is_matched_by_counting(name):
     assert torch.equal(torch.rand(1), first), "counting moves no generator"
 
 
+FEED_FORWARD = [name for name, record in EXPERTS.items() if "feed-forward" in record.abilities]
+
+
+@pytest.mark.parametrize("kind", FEED_FORWARD)
+def test_every_kind_of_experts_is_matched_by_counting(kind):
+    options = {"group_size": 6} if kind == "latent-gated" else {}
+    item = {**TOP2, "layer": {"experts": kind, "experts_options": options}}
+    protocol = build_architectures(values(".", architectures={"one": item}))
+    found = matched(protocol, "one")
+    flops = {}
+    for width in (found.width - 1, found.width, found.width + 1):
+        layers = tuple(dataclasses.replace(one, width=width) for one in found.mixture.layers)
+        built = build_mixture(dataclasses.replace(found.mixture, layers=layers))
+        fractions = [shape.fraction(2) for shape in layer_shapes(built, 48)]
+        flops[width] = model_cost(built, fractions).flops_per_token
+    assert flops[found.width] == found.flops
+    nearest = min(flops, key=lambda width: abs(flops[width] - found.reference_flops))
+    assert nearest == found.width
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    square=st.integers(0, 5),
+    line=st.integers(1, 50),
+    fixed=st.integers(0, 2000),
+    wanted=st.integers(0, 3000),
+)
+def test_the_nearest_width_is_that_of_trying_all(square, line, fixed, wanted):
+    def cost(width):
+        return square * width * width + line * width + fixed
+
+    found = nearest_width(cost, wanted)
+    if found == 0:
+        assert 2 * (cost(1) - wanted) > cost(2) - cost(1)
+    else:
+        least = min(abs(cost(width) - wanted) for width in range(1, 3001))
+        assert abs(cost(found) - wanted) == least
+
+
 def test_balance_by_hand():
     # Shares 1/2, 1/4, 1/4 and 0: twice the mean of 1/4, entropy 1.5 bits of 2.
     found = layer_balance([4, 2, 2, 0])
@@ -377,7 +421,9 @@ def test_the_committed_protocol_is_valid():
     assert protocol.seeds == (0, 1, 2)
     for name in protocol.architectures:
         found = matched(protocol, name)
-        assert found.flops == pytest.approx(found.reference_flops, rel=0.005), name
+        assert found.flops == pytest.approx(found.reference_flops, rel=0.01), name
+    # Two iterations of one expert, without a word of it in the protocol.
+    assert matched(protocol, "chain-of-experts").active == 2.0
     keys = {cell.key for cell in architecture_cells(protocol)}
     assert ArchitectureCell(architecture="top-p", seed=2).key in keys
     assert not read_lines(ROOT / "nowhere")

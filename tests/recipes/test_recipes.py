@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from recipe_cases import recipe_values, write_recipe
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from moesaic._errors import InputError
 from moesaic._files import read_json
@@ -19,6 +20,7 @@ from moesaic.compression._table import COMPRESSIONS
 from moesaic.models import load
 from moesaic.recipes import plan, read_recipe, run_recipe
 from moesaic.recipes.claim import held
+from moesaic.recipes.plan import estimate_parameters
 from moesaic.recipes.run import Run
 
 
@@ -309,16 +311,66 @@ def test_what_a_config_tells_is_refused_before_any_work(tmp_path):
 def test_every_compression_is_a_step_and_is_evaluated(tmp_path):
     """One calibration serves them all; a result that is dense still is loaded like the others."""
     values = recipe_values(tmp_path)
+    from_dense = [name for name, info in COMPRESSIONS.items() if "mixture" not in info.abilities]
     values["steps"] = [
-        *({"compress": {"method": name, "active": 0.5}} for name in COMPRESSIONS),
+        *({"compress": {"method": name, "active": 0.5}} for name in from_dense),
         values["steps"][-1],
     ]
     result = run_recipe(read_recipe(write_recipe(tmp_path, values)))
     record = read_json(Path(result["record"]))
-    assert [entry["name"] for entry in record["models"]] == ["dense", *COMPRESSIONS]
+    assert [entry["name"] for entry in record["models"]] == ["dense", *from_dense]
     kinds = {entry["name"]: entry["kind"] for entry in record["models"]}
     assert (kinds["flap"], kinds["teal"]) == ("static-pruning", "activation-sparsity")
     # A baseline is not what the report is about.
     assert record["activation"] == {}
     assert all(entry["quality"]["ratio"] > 0 for entry in record["models"])
     assert not list((tmp_path / "run").rglob("layers"))
+
+
+def test_a_mixture_is_compressed_on_the_way_and_trained_on(tmp_path):
+    values = recipe_values(tmp_path)
+    convert, _, train, evaluate = values["steps"]
+    del train["train"]["active"]
+    latent = {"compress": {"method": "latent-experts", "group_size": 4}}
+    values["steps"] = [convert, latent, train, evaluate]
+    result = run_recipe(read_recipe(write_recipe(tmp_path, values)))
+    record = read_json(Path(result["record"]))
+    steps = [step["step"] for step in record["manifest"]["steps"]]
+    assert steps == ["convert dsmoe", "compress latent-experts", "train"]
+    # It is the model that the report is about, and no baseline beside it.
+    assert [(one["name"], one["kind"]) for one in record["models"]] == [
+        ("dense", "dense"),
+        ("dsmoe", "dsmoe"),
+    ]
+    assert load(result["model"]).config.moesaic["layers"][0]["experts"] == "latent-gated"
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([], r"model '.*dense' is dense, latent-experts changes the experts of a mixture; convert"),
+        (["convert"], r"recipe.steps has convert after latent-experts, whose model is a mixture"),
+    ],
+    ids=["dense", "convert after"],
+)
+def test_a_compression_of_mixtures_needs_one(steps, message, tmp_path):
+    values = recipe_values(tmp_path)
+    values["steps"] = [{"compress": {"method": "latent-experts"}}, *steps]
+    with pytest.raises(InputError, match=message):
+        run_recipe(read_recipe(write_recipe(tmp_path, values)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_compression_of_mixtures_waits_for_one(tmp_path):
+    values = recipe_values(tmp_path)
+    values["steps"] = [values["steps"][1], {"compress": {"method": "latent-experts"}}]
+    with pytest.raises(InputError, match=r"has latent-experts before any convert; put convert"):
+        read_recipe(write_recipe(tmp_path, values))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_planned_for_once(tied):
+    sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, vocab_size=500, num_attention_heads=2, tie_word_embeddings=tied)
+    count = sum(p.numel() for p in LlamaForCausalLM(config).parameters())
+    assert estimate_parameters(config) == pytest.approx(count, rel=0.02)

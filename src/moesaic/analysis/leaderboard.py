@@ -7,7 +7,7 @@ shown and not ranked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
@@ -40,17 +40,24 @@ class Spread(NamedTuple):
     low: float
     high: float
 
-    def text(self, digits: int = 3) -> str:
-        """As 1.234 (1.230-1.240); of one seed 1.234."""
-        mean = f"{self.value:.{digits}f}"
-        if self.low == self.high:
-            return mean
-        return f"{mean} ({self.low:.{digits}f}-{self.high:.{digits}f})"
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of one value of each seed."""
+        return cls(fmean(values), min(values), max(values))
+
+    def text(self, write: Callable[[float], str] = "{:.3f}".format) -> str:
+        """As 1.234 (1.230-1.240); where all seeds have the same 1.234.
+
+        Args:
+            write: Writes each of the numbers.
+        """
+        mean, low, high = map(write, self)
+        return mean if low == high else f"{mean} ({low}-{high})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """An architecture over its seeds; means of those that are done.
+    """An architecture over its seeds; means of those that are done, some with their spread.
 
     Attributes:
         name: Of the architecture.
@@ -81,15 +88,15 @@ class Standing:
     reason: str = ""
     seeds: int = 0
     loss: Spread | None = None
-    flops: float | None = None
+    flops: Spread | None = None
     why_unranked: str = ""
     router: str = ""
     experts: int = 0
     shared: int = 0
     width: int = 0
-    experts_used: float | None = None
-    max_over_mean: float | None = None
-    entropy: float | None = None
+    experts_used: Spread | None = None
+    max_over_mean: Spread | None = None
+    entropy: Spread | None = None
     dead: float | None = None
     total_experts: int = 0
     train_tokens_per_s: float | None = None
@@ -135,16 +142,16 @@ def _standing(name: str, lines: Sequence[Mapping[str, Any]]) -> Standing:
         status="done",
         reason=reason,
         seeds=len(done),
-        loss=Spread(fmean(losses), min(losses), max(losses)),
-        flops=fmean(ratios),
+        loss=Spread.of(losses),
+        flops=Spread.of(ratios),
         why_unranked=_why_unranked(first, ratios),
         router=layer["router"],
         experts=layer["num_experts"],
         shared=layer["shared_width"] if routed else 0,
         width=layer["width"] if routed else layer["shared_width"],
-        experts_used=_mean([fmean(line["experts_used"]) for line in done if line["experts_used"]]),
-        max_over_mean=_mean_of(done, "balance", "max_over_mean"),
-        entropy=_mean_of(done, "balance", "entropy"),
+        experts_used=_spread([fmean(one["experts_used"]) for one in done if one["experts_used"]]),
+        max_over_mean=_spread(_values(done, "balance", "max_over_mean")),
+        entropy=_spread(_values(done, "balance", "entropy")),
         dead=_mean_of(done, "balance", "dead"),
         total_experts=balance.get("experts", 0),
         train_tokens_per_s=_mean_of(done, "speed", "train_tokens_per_s"),
@@ -170,13 +177,18 @@ def _number(line: Mapping[str, Any], group: str, name: str) -> float:
     return value
 
 
-def _mean_of(lines: Sequence[Mapping[str, Any]], group: str, name: str) -> float | None:
+def _values(lines: Sequence[Mapping[str, Any]], group: str, name: str) -> list[float]:
     values = (_record.number(_record.section(line, group), name) for line in lines)
-    return _mean([value for value in values if value is not None])
+    return [value for value in values if value is not None]
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _mean_of(lines: Sequence[Mapping[str, Any]], group: str, name: str) -> float | None:
+    values = _values(lines, group, name)
     return fmean(values) if values else None
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    return Spread.of(values) if values else None
 
 
 def board_verdicts(board: Leaderboard) -> list[str]:
@@ -188,9 +200,10 @@ def board_verdicts(board: Leaderboard) -> list[str]:
     best = ranked[0]
     assert best.loss is not None
     tokens = _record.section(board.protocol, "train").get("tokens", 0)
+    over = f" over {best.seeds} seeds" if best.seeds > 1 else ""
     sentences = [
         f"After {tokens:,} tokens {best.name} has the lowest loss, {best.loss.text()} nats per "
-        f"token, of {len(ranked)} at equal FLOPs per token."
+        f"token{over}, of {len(ranked)} at equal FLOPs per token."
     ]
     near = [
         one.name
@@ -201,15 +214,18 @@ def board_verdicts(board: Leaderboard) -> list[str]:
         sentences.append("It was one seed, so small differences mean nothing.")
     elif near:
         sentences.append(f"The seeds of {', '.join(near)} overlap with it: nothing is settled.")
+    most = max(one.seeds for one in ranked)
+    if fewer := [f"{one.name} {one.seeds}" for one in ranked if one.seeds < most]:
+        sentences.append(f"Not all have {most} seeds: {', '.join(fewer)}.")
     even = min(
         (one for one in found if one.max_over_mean is not None and not one.why_unranked),
-        key=lambda one: one.max_over_mean or 0.0,
+        key=lambda one: one.max_over_mean.value if one.max_over_mean else 0.0,
         default=None,
     )
-    if even is not None:
+    if even is not None and even.max_over_mean is not None:
         sentences.append(
-            f"{even.name} is the most even: its busiest expert has {even.max_over_mean:.2f} times "
-            "the mean load."
+            f"{even.name} is the most even: its busiest expert has "
+            f"{even.max_over_mean.value:.2f} times the mean load."
         )
     sentences += [
         f"{one.name} is not ranked: {one.why_unranked}." for one in found if one.why_unranked

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from moesaic.analysis._format import NOT_MEASURED, markdown_table, scaled, significant
-from moesaic.analysis.leaderboard import Leaderboard, Standing, board_verdicts, standings
+from moesaic.analysis.leaderboard import (
+    Leaderboard,
+    Spread,
+    Standing,
+    board_verdicts,
+    standings,
+)
 
 TITLES = (
     "architecture",
@@ -32,11 +38,11 @@ def leaderboard_markdown(board: Leaderboard) -> str:
     if measured:
         parts.append(markdown_table(TITLES, [cells_of(one) for one in measured]))
         parts.append(
-            "Loss on held-out text in nats per token, the mean over seeds with the least and the "
-            "largest; FLOPs per token as counted at the measured use, over those of the dense "
-            "model; experts that a token used; the busiest expert's load over the mean and the "
-            "entropy of loads over its largest value, means over layers; experts without a token; "
-            "tokens per second of training."
+            "Means over seeds; in parentheses the least and the largest of a seed, where they "
+            "differ. Loss on held-out text in nats per token; FLOPs per token as counted at the "
+            "measured use, over those of the dense model; experts that a token used; the busiest "
+            "expert's load over the mean and the entropy of loads over its largest value, means "
+            "over layers; experts without a token; tokens per second of training."
         )
     if reasons := [f"- {one.name}: {one.reason}" for one in found if one.reason]:
         parts += ["Not measured:", "\n".join(reasons)]
@@ -51,12 +57,12 @@ def cells_of(one: Standing) -> list[str]:
     used = NOT_MEASURED
     if one.experts_used is not None:
         shared = f" + {one.shared // one.width}" if one.shared else ""
-        used = f"{one.experts_used:.2f}{shared} of {one.experts}"
+        used = f"{one.experts_used.text('{:.2f}'.format)}{shared} of {one.experts}"
     dead = NOT_MEASURED if one.dead is None else f"{one.dead:g} of {one.total_experts}"
     return [
         name,
         one.loss.text(),
-        f"{one.flops:.3f}",
+        one.flops.text(),
         used,
         _two(one.max_over_mean),
         _two(one.entropy),
@@ -68,5 +74,5 @@ def cells_of(one: Standing) -> list[str]:
     ]
 
 
-def _two(value: float | None) -> str:
-    return NOT_MEASURED if value is None else significant(value)
+def _two(value: Spread | None) -> str:
+    return NOT_MEASURED if value is None else value.text(significant)

@@ -29,10 +29,11 @@ from moesaic.recipes.suggestion import BUDGETS, take_up
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Apply a method to a dense model and save the result as a transformers directory.
+    """Apply a method to a model and save the result as a transformers directory.
 
     Attributes:
-        model: A directory, hub name, .gguf file or `package:NAME`.
+        model: A directory, hub name, .gguf file or `package:NAME`; dense, but for the compressions
+            of a mixture.
         output: Directory of the checkpoint.
         method: Registered name; see `moesaic ls conversions` or `moesaic ls compressions`. The
             settings below are those of the method.

@@ -1,4 +1,4 @@
-"""Make a smaller dense baseline."""
+"""Make a dense model or the experts of a mixture smaller."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from moesaic._registry import unknown_name
 COMMANDS = {
     "run": "Do the steps of a YAML recipe; the same command resumes it",
     "convert": "Turn a dense model into a mixture of experts",
-    "compress": "Make a smaller dense baseline",
+    "compress": "Make a dense model or the experts of a mixture smaller",
     "train": "Recover quality by self-distillation, at a requested budget",
     "eval": "Measure models beside their dense parent",
     "compare": "Compare methods at the same active fraction, under one protocol",

@@ -1,6 +1,8 @@
 """The compressions of a model, by name.
 
-Abilities: `static`, the same weights serve every token; `any-architecture`, none is refused.
+Abilities: `static`, the same weights serve every token; `any-architecture`, none is refused;
+`mixture`, it starts from a model with experts where the others start from its dense parent, and
+has no `active`, since it leaves as many experts on.
 """
 
 from __future__ import annotations
@@ -57,6 +59,14 @@ COMPRESSIONS = MethodTable(
             summary="FFN inputs and neurons of small magnitude left out, token by token",
             paper="TEAL, arXiv 2408.14690",
             abilities=frozenset({"any-architecture"}),
+        ),
+        MethodInfo(
+            name="latent-experts",
+            target="moesaic.compression.factorization.latent_experts:factorise_experts",
+            config="moesaic.compression.factorization.latent_experts:LatentExperts",
+            summary="Experts of a mixture in groups whose gate and up share a projection",
+            paper="Mixture of Latent Experts, arXiv 2503.23100",
+            abilities=frozenset({"mixture"}),
         ),
     ],
 )

@@ -327,11 +327,11 @@ def _settle_layer(moe: MoELayer, h_TD: Tensor, share: float, config: DSMoE) -> f
     assert moe.experts is not None
     num_neurons = moe.experts.num_experts * moe.experts.width
     sample = Sample.draw(h_TD, num_neurons, config.seed)
-    move_bias(moe.router, sample.h_TD, share)
+    scores_TE = move_bias(moe.router, sample.h_TD, share)
     if isinstance(moe.experts, Thresholded):
         moe.experts.set_thresholds(0.0, 0.0)
     errors = BlockErrors(sample.h_TD, moe.experts)
-    weights_TE = moe.router(sample.h_TD).weights_TE()
+    weights_TE = moe.router.decide(scores_TE).weights_TE()
     train = torch.arange(sample.num_train)
     if isinstance(moe.experts, Thresholded):
         fit_thresholds(moe.experts, sample.h_TD, train, weights_TE[train])

@@ -258,17 +258,22 @@ def fit_router(
 
 
 @torch.no_grad()
-def move_bias(router: SigmoidThreshold, h_TD: Tensor, share: float) -> None:
+def move_bias(router: SigmoidThreshold, h_TD: Tensor, share: float) -> Tensor:
     """Move a router's bias to where a share of its gates is on for some inputs.
 
     Args:
         router: Its bias is written.
         h_TD: Inputs of the layer, [T, D].
         share: In (0, 1].
+
+    Returns:
+        Gate logits of the inputs with the bias moved, [T, E].
     """
     assert router.bias is not None
     scores_TE = linear_scores(h_TD, router.weight, router.bias)
-    router.bias.sub_(_shift(scores_TE, share, router.threshold))
+    shift = _shift(scores_TE, share, router.threshold)
+    router.bias.sub_(shift)
+    return scores_TE - shift
 
 
 def _measure(

@@ -144,7 +144,7 @@ def token_fractions(model: nn.Module, uses: Sequence[LayerUse], dense_width: int
     shapes = layer_shapes(model, dense_width)
     total_T: Tensor | float = 0.0
     for shape, use in zip(shapes, uses, strict=True):
-        neurons_T: Tensor | float = shape.iterations * shape.bypass_width
+        neurons_T: Tensor | float = shape.iterations * shape.beside_width
         if use.shared_T is not None:
             neurons_T = neurons_T + use.shared_T * shape.shared_width
         if use.experts_T is not None:

@@ -84,26 +84,52 @@ def model_cost(
     fractions = _fractions(layers, shapes, active_per_layer)
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
-    matrices = _matrices(model)
-    off_parameters = off_matrices = 0.0
-    for layer, shape, fraction in zip(layers, shapes, fractions, strict=True):
-        part = layer.shared if layer.experts is None else layer.experts
-        if part is not None:
-            off = shape.unused(fraction) / part.width
-            # Whole experts go with their biases, single weights do not.
-            off_parameters += off * _expert(part, biases=layer.experts is not None)
-            off_matrices += off * _expert(part, biases=False)
+    off = sum(_off_weights(layers, shapes, fractions))
+    off_biases = sum(
+        shape.unused(fraction) / shape.width * _expert_biases(layer.experts)
+        for layer, shape, fraction in zip(layers, shapes, fractions, strict=True)
+        # Whole experts go with their biases, single weights do not.
+        if layer.experts is not None
+    )
     routers = [router for layer in layers for router in layer.routers()]
     return Cost(
         total_parameters=total,
         bytes=sum(p.numel() * p.element_size() for p in parameters),
         active_ffn_fraction=float(np.mean(fractions)) if fractions else 1.0,
-        active_parameters=round(total - off_parameters),
+        active_parameters=round(total - off - off_biases),
         router_parameters=sum(p.numel() for router in routers for p in router.parameters()),
-        flops_per_token=round(2 * (matrices - off_matrices)),
+        flops_per_token=round(2 * (_matrices(model) - off)),
         attention_flops_per_token=_attention_flops(model.config, context),
         context=context,
     )
+
+
+def matrix_flops(
+    model: PreTrainedModel, active_per_layer: Sequence[float], dense_width: int | None = None
+) -> int:
+    """Count the FLOPs of one token as `model_cost` does, from shapes alone.
+
+    No weight is read, so the model may be on the meta device.
+
+    Args:
+        model: Dense or converted.
+        active_per_layer: Active fraction of every MoE layer, the always-on part included.
+        dense_width: Neurons of the dense parent's network; that of the model's config if none.
+    """
+    shapes = layer_shapes(model, dense_width or dense_ffn_width(model.config))
+    off = sum(_off_weights(moe_layers(model), shapes, active_per_layer))
+    return round(2 * (_matrices(model) - off))
+
+
+def _off_weights(
+    layers: Sequence[MoELayer], shapes: Sequence[LayerShape], fractions: Sequence[float]
+) -> list[float]:
+    """Weights of matrices that a token does not use, layer by layer."""
+    found = []
+    for layer, shape, fraction in zip(layers, shapes, fractions, strict=True):
+        part = layer.shared if layer.experts is None else layer.experts
+        found.append(0.0 if part is None else shape.unused(fraction) * part.neuron_weights())
+    return found
 
 
 def _fractions(
@@ -128,7 +154,8 @@ def _fractions(
         )
     for index, (value, shape, share) in enumerate(zip(given, shapes, shares, strict=True)):
         low = shape.fraction(0, 0.0 if share is None else share)
-        high = shape.fraction(shape.num_experts * shape.iterations, 1.0 if share is None else share)
+        most = shape.num_candidates * shape.iterations
+        high = shape.fraction(most, 1.0 if share is None else share)
         if not low - _ROUNDING <= value <= high + _ROUNDING:
             raise InputError(
                 f"active_per_layer[{index}] must be in [{low:.4g}, {high:.4g}], got {value:.4g}; "
@@ -150,13 +177,11 @@ def _matrices(model: nn.Module) -> int:
     return total
 
 
-def _expert(experts: Experts, *, biases: bool) -> int:
-    """Parameters of one expert that no other has."""
-    if not biases:
-        return experts.own_weights()
+def _expert_biases(experts: Experts) -> int:
+    """Numbers in the biases of one expert."""
     weights = experts.weights()
     own = [bias for bias in (weights.up_bias, weights.down_bias) if bias is not None]
-    return experts.own_weights() + sum(bias[0].numel() for bias in own)
+    return sum(bias[0].numel() for bias in own)
 
 
 def _attention_flops(config: Any, context: int) -> int:

@@ -13,11 +13,15 @@ import json
 import logging
 import struct
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import httpx
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,6 +45,9 @@ _DTYPES = {
     "float16": torch.float16,
 }
 
+# Until the hub has to answer.
+_HUB_WAIT_S = 5
+
 logger = logging.getLogger(__name__)
 
 
@@ -57,7 +64,7 @@ def resolve_source(source: str) -> tuple[str, str | None]:
     `package:NAME` is the GGUF file that an installed Python package carries; `FILE.gguf` is itself.
 
     Raises:
-        InputError: If nothing is there.
+        InputError: If nothing is there, or nothing can be fetched from the hub.
     """
     if source.startswith("package:"):
         name = source.removeprefix("package:")
@@ -82,7 +89,29 @@ def resolve_source(source: str) -> tuple[str, str | None]:
         return source, None
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise InputError(f"model directory {source} does not exist; check the path")
+    _require_hub(source)
     return source, None
+
+
+@cache
+def _require_hub(name: str) -> None:
+    """Refuse a hub name within seconds where neither the cache nor the hub can be had.
+
+    Transformers alone would try for half a minute, and longer for every further file.
+    """
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=_HUB_WAIT_S)
+    except httpx.TransportError as error:
+        raise InputError(
+            f"model {name!r} is no directory here, the hub's cache does not hold it, and the hub "
+            f"cannot be reached ({_first_line(error)}); give a directory, a .gguf file or "
+            "package:NAME"
+        ) from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, ValueError):
+        # There is no waiting then, and transformers says what is wrong.
+        return
 
 
 def read_config(source: str) -> Any:
@@ -166,18 +195,20 @@ def load(path: str | Path, *, dtype: str | None = None, verify: bool = True) -> 
     return model
 
 
-def load_any(source: str) -> PreTrainedModel:
-    """Load a model to run it, converted or dense: what is there decides.
+def load_any(source: str, *, dtype: str | None = None) -> PreTrainedModel:
+    """Load a model, converted or dense: what is there decides.
 
     Args:
         source: A checkpoint of ours, or anything that `load_dense` takes.
+        dtype: Name of the dtype in memory; if none the saved one of a checkpoint of ours, float32
+            of a dense model.
 
     Raises:
         InputError: As `load` and `load_dense` do.
     """
     if read_config(source).model_type in ARCHITECTURES:
-        return load_dense(source)
-    return load(source)
+        return load_dense(source, dtype=dtype or "float32")
+    return load(source, dtype=dtype)
 
 
 def _read_model(source: str, dtype: torch.dtype | str) -> Any:

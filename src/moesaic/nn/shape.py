@@ -1,7 +1,8 @@
 """How much of a layer can be on, counted in neurons of the dense network that it stands for.
 
-A neuron's weights are alike, so weights in use over those of the dense network are neurons over
-neurons. What is no neuron, the bypass, counts as many as have its weights.
+Weights in use over those of the dense network are neurons over neurons, as all neurons have as
+many weights. Whatever else has weights counts as the neurons that have as many: experts of any
+kind, what they have in common, the bypass.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ class LayerShape:
 
     Attributes:
         num_experts: E.
-        width: Neurons of one expert.
+        width: Neurons that one expert's own weights make; of ordinary experts its width.
         shared_width: Neurons that are always on.
         dense_width: Neurons of the dense parent's network.
-        bypass_width: Neurons that have as many weights as the layer's bypass.
+        common_width: Neurons that the weights make which the experts have in common.
+        bypass_width: Neurons that the weights of the layer's bypass make.
         expected_share: Share of an expert's weights that a token uses where it is on, as what
             leaves out some of them was set for.
         iterations: Times that the layer runs in a row. What runs several times counts as often.
@@ -30,9 +32,10 @@ class LayerShape:
     """
 
     num_experts: int
-    width: int
+    width: float
     shared_width: int
     dense_width: int
+    common_width: float = 0.0
     bypass_width: float = 0.0
     expected_share: float = 1.0
     iterations: int = 1
@@ -43,6 +46,14 @@ class LayerShape:
         """Experts that the router chooses among."""
         return self.num_experts * self.reuse
 
+    @property
+    def beside_width(self) -> float:
+        """Neurons' worth that every token uses in each iteration beside the shared part.
+
+        Reused experts of other layers bring what they have in common with them.
+        """
+        return self.reuse * self.common_width + self.bypass_width
+
     def fraction(self, active_experts: float, shared: float = 1.0) -> float:
         """Weights in use over dense ones.
 
@@ -51,7 +62,7 @@ class LayerShape:
                 only a part is in use counts as that part.
             shared: Share of the always-on experts' weights in use, mean over iterations.
         """
-        always = self.iterations * (self.shared_width * shared + self.bypass_width)
+        always = self.iterations * (self.shared_width * shared + self.beside_width)
         return (always + active_experts * self.width) / self.dense_width
 
     def expected_fraction(self, active_experts: float) -> float:
@@ -60,14 +71,14 @@ class LayerShape:
 
     def experts_on(self, fraction: float) -> float:
         """Share of the experts that an active fraction leaves room for, in [0, 1]."""
-        room = fraction * self.dense_width / self.iterations - self.shared_width - self.bypass_width
+        room = fraction * self.dense_width / self.iterations - self.shared_width - self.beside_width
         whole = self.num_experts * self.width * self.expected_share
         return min(1.0, max(0.0, room / whole))
 
     def unused(self, fraction: float) -> float:
         """Neurons' worth of this layer's weights that are not in use at an active fraction."""
-        width = self.shared_width + self.bypass_width + self.num_experts * self.width
-        return width - fraction * self.dense_width
+        beside = self.shared_width + self.common_width + self.bypass_width
+        return beside + self.num_experts * self.width - fraction * self.dense_width
 
 
 def layer_shapes(model: nn.Module, dense_width: int) -> list[LayerShape]:
@@ -78,24 +89,23 @@ def layer_shapes(model: nn.Module, dense_width: int) -> list[LayerShape]:
 def layer_shape(layer: MoELayer, dense_width: int) -> LayerShape:
     """Shape of one layer."""
     config = layer.config
-    bypass_width = 0.0
+    width = common_width = bypass_width = 0.0
+    if layer.experts is not None:
+        neuron = layer.experts.neuron_weights()
+        width = layer.experts.own_weights() / neuron
+        common_width = layer.experts.common_weights() / neuron
     if layer.bypass is not None:
-        bypass_width = layer.bypass.num_weights() / _neuron_weights(layer)
+        part = layer.shared if layer.experts is None else layer.experts
+        assert part is not None, "a bypass stands beside experts"
+        bypass_width = layer.bypass.num_weights() / part.neuron_weights()
     return LayerShape(
         num_experts=config.num_experts,
-        width=config.width,
+        width=width,
         shared_width=config.shared_width,
         dense_width=dense_width,
+        common_width=common_width,
         bypass_width=bypass_width,
         expected_share=1.0 if layer.experts is None else layer.experts.expected_share(),
         iterations=config.iterations,
         reuse=config.reuse,
     )
-
-
-def _neuron_weights(layer: MoELayer) -> int:
-    """Weights of one neuron: its rows of the up products and its column of the down product."""
-    part = layer.shared if layer.experts is None else layer.experts
-    assert part is not None, "a bypass stands beside experts"
-    weights = part.weights()
-    return (weights.up[0].numel() + weights.down[0].numel()) // part.width

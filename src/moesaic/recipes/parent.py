@@ -1,4 +1,4 @@
-"""The dense parent of a run: kept once, dequantised and in one dtype, and opened from there."""
+"""The model that a run starts from: kept once, dequantised and in one dtype, and opened there."""
 
 from __future__ import annotations
 
@@ -10,16 +10,26 @@ from transformers import PreTrainedModel
 from moesaic._files import read_json
 from moesaic._progress import Progress
 from moesaic.evaluation import fastest_dtype
-from moesaic.models.checkpoint import MANIFEST, load_dense, load_tokenizer, new_manifest, save
+from moesaic.models.architectures import ARCHITECTURES
+from moesaic.models.checkpoint import (
+    MANIFEST,
+    load_any,
+    load_dense,
+    load_tokenizer,
+    new_manifest,
+    read_manifest,
+    save,
+)
 
 logger = logging.getLogger(__name__)
 
 
 def keep_parent(source: str, dtype: str, path: Path, progress: Progress) -> None:
-    """Keep a dense model as a run means it; nothing happens if it is there already.
+    """Keep a model as a run means it; nothing happens if it is there already.
 
     Args:
-        source: A directory, hub name, .gguf file or `package:NAME`.
+        source: A directory, hub name, .gguf file or `package:NAME`; a mixture of ours keeps the
+            record of what was done to it.
         dtype: Of the weights; `auto` measures which is fastest here.
         path: Its directory.
         progress: Told when it is done.
@@ -30,11 +40,13 @@ def keep_parent(source: str, dtype: str, path: Path, progress: Progress) -> None
         dtype = fastest_dtype()
         logger.info("weights are %s, the fastest here", dtype)
     with progress.stage("load the parent", 1, "models") as stage:
-        model = load_dense(source, dtype=dtype)
-        save(model, path, new_manifest(source, model), load_tokenizer(source))
+        model = load_any(source, dtype=dtype)
+        dense = model.config.model_type in ARCHITECTURES
+        manifest = new_manifest(source, model) if dense else read_manifest(Path(source))
+        save(model, path, manifest, load_tokenizer(source))
         stage.advance()
 
 
 def open_parent(path: Path) -> PreTrainedModel:
-    """Load what `keep_parent` kept."""
+    """Load the dense model that `keep_parent` kept."""
     return load_dense(str(path), dtype=read_json(path / "config.json")["dtype"])

@@ -27,12 +27,19 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         InputError: If a step cannot work.
     """
     config = read_config(recipe.model)
-    if config.model_type not in ARCHITECTURES:
+    mixture = config.model_type not in ARCHITECTURES
+    if mixture and not recipe.from_mixture:
         raise InputError(f"model {recipe.model!r} is converted already; give its dense parent")
+    if recipe.from_mixture and not mixture:
+        raise InputError(
+            f"model {recipe.model!r} is dense, {recipe.steps[0].method} changes the experts of a "
+            "mixture; convert it first"
+        )
     check_weights(recipe.model)
     width = dense_ffn_width(config)
     for step in recipe.steps:
-        if step.kind in ("convert", "compress"):
+        # The mixture that a recipe makes on the way is not known yet.
+        if step.kind in ("convert", "compress") and step.from_mixture == mixture:
             check_model(step.config, config)
         if step.kind == "train":
             check_train(step.config, recipe.data.block)
@@ -153,6 +160,7 @@ def _statistics(recipe: Recipe, config: Any, width: int) -> int:
 
 
 def estimate_parameters(config: Any) -> int:
-    """Parameters of a decoder, near enough to plan with."""
+    """Parameters of a decoder, near enough to plan with; a head that is the embedding once."""
     dim, layers, width = config.hidden_size, config.num_hidden_layers, dense_ffn_width(config)
-    return int(config.vocab_size * dim * 2 + layers * (4 * dim * dim + 3 * dim * width))
+    tables = 1 if getattr(config, "tie_word_embeddings", False) else 2
+    return int(config.vocab_size * dim * tables + layers * (4 * dim * dim + 3 * dim * width))

@@ -39,6 +39,16 @@ class Step:
     method: str
     config: Any
 
+    @property
+    def from_mixture(self) -> bool:
+        """Whether it changes the experts of a model and does not start from its dense parent."""
+        return bool(self.method) and "mixture" in METHODS[self.kind][self.method].abilities
+
+    @property
+    def makes_mixture(self) -> bool:
+        """Whether it leaves a mixture, which later steps go on with."""
+        return self.kind in ("convert", "train") or self.from_mixture
+
     def plain(self) -> dict[str, Any]:
         """The step as data, every setting spelt out."""
         options = to_plain(self.config)
@@ -62,13 +72,14 @@ class Recipe:
     """Everything that a run needs.
 
     Attributes:
-        model: The dense parent: a directory, hub name, .gguf file or `package:NAME`.
+        model: The dense parent: a directory, hub name, .gguf file or `package:NAME`. Or a mixture,
+            where all steps start from one.
         output: Directory of all results.
         dtype: Of the weights; `auto` measures which is fastest here.
         data: The text.
         calibration: How much of it is read to calibrate.
         steps: What is done, in order. `convert` and `compress` start from the dense parent, `train`
-            from the converted model before it.
+            and the compressions of a mixture from the converted model before them.
     """
 
     model: str
@@ -88,6 +99,11 @@ class Recipe:
             "calibration": to_plain(self.calibration),
             "steps": [step.plain() for step in self.steps],
         }
+
+    @property
+    def from_mixture(self) -> bool:
+        """Whether its model is a mixture and not a dense parent: no step makes it one first."""
+        return self.steps[0].from_mixture
 
     def collectors(self) -> tuple[str, ...]:
         """Everything that must be measured on the dense parent, so that text is read once."""
@@ -149,6 +165,15 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     converted = False
     for step in steps:
         converted = converted or step.kind == "convert"
+        if steps[0].from_mixture and not step.from_mixture:
+            raise InputError(
+                f"recipe.steps has {step.kind} after {steps[0].method}, whose model is a mixture "
+                "already; put convert first"
+            )
+        if step.from_mixture and not (converted or steps[0].from_mixture):
+            raise InputError(
+                f"recipe.steps has {step.method} before any convert; put convert first"
+            )
         if step.kind == "train" and not converted:
             raise InputError("recipe.steps has train before any convert; put convert first")
     if sum(step.kind == "convert" for step in steps) > 1:

@@ -112,23 +112,32 @@ class Run:
             self.progress,
         )
 
+    def mixture_before(self, index: int) -> Path:
+        """Checkpoint of the mixture that a step starts from."""
+        made = (i for i in range(index) if self.recipe.steps[i].makes_mixture)
+        last = max(made, default=None)
+        return self.parent if last is None else self.model_of(last)
+
     def apply_method(self, index: int) -> None:
-        """Convert or compress the parent."""
+        """Convert or compress the parent, or change the mixture that is there."""
         step = self.recipe.steps[index]
         store = self.place(index) / "layers"
+        source = self.mixture_before(index) if step.from_mixture else self.parent
+        model = load(source) if step.from_mixture else self.dense()
+        # Statistics are of the dense parent.
+        stats = None if step.from_mixture else self.stats()
         model, results = METHODS[step.kind].load(step.method)(
-            self.dense(), self.stats(), step.config, store=store, progress=self.progress
+            model, stats, step.config, store=store, progress=self.progress
         )
         manifest = add_step(
-            read_manifest(self.parent), f"{step.kind} {step.method}", to_plain(step.config), results
+            read_manifest(source), f"{step.kind} {step.method}", to_plain(step.config), results
         )
         save(model, self.model_of(index), manifest, self.tokenizer())
 
     def apply_train(self, index: int) -> None:
         """Train the converted model."""
         step = self.recipe.steps[index]
-        before = max(i for i in range(index) if self.recipe.steps[i].kind in ("convert", "train"))
-        source = self.model_of(before)
+        source = self.mixture_before(index)
         work = self.place(index) / "training"
         model = load(source)
         asks = step.config.needs_teacher and not is_own_teacher(model)
@@ -161,12 +170,12 @@ class Run:
         for earlier in range(index):
             kind, method = self.recipe.steps[earlier].kind, self.recipe.steps[earlier].method
             path = self.model_of(earlier)
-            if kind == "compress":
-                subjects[method] = Subject(load(path), baseline_kind(method), str(path))
-            elif kind in ("convert", "train"):
+            if self.recipe.steps[earlier].makes_mixture:
                 final = earlier
                 if kind == "train":
                     log.extend(read_json(self.place(earlier) / "log.json"))
+            elif kind == "compress":
+                subjects[method] = Subject(load(path), baseline_kind(method), str(path))
         if final is not None:
             path = self.model_of(final)
             name = next(s.method for s in self.recipe.steps if s.kind == "convert")
@@ -218,7 +227,7 @@ def _steps(run: Run) -> dict[str, Any]:
             gc.collect()
         # Not only now: an earlier run may have been cut before this.
         run.tidy(index)
-        if step.kind in ("convert", "train"):
+        if step.makes_mixture:
             result["model"] = str(run.model_of(index))
         if step.kind == "evaluate":
             result["record"] = str(place / "record.json")

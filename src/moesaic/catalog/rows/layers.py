@@ -365,7 +365,7 @@ SYSTEMS = (
             "convert by SVD."
         ),
         status="works",
-        uses=("experts:latent-gated",),
+        uses=("experts:latent-gated", "compression:latent-experts"),
         check="tests/nn/test_latent_experts.py",
         evidence="evidence/mole_latent_experts.json",
         use_when=(

@@ -103,6 +103,15 @@ class Experts(nn.Module, ABC):
         """Weights of the matrices that experts have in common; a token is taken to use all."""
         return 0
 
+    def neuron_weights(self) -> int:
+        """Weights of one neuron of the dense network that such experts stand for.
+
+        Its rows of the up product and its column of the down product: the unit in which
+        `moesaic.nn.shape` counts what is on.
+        """
+        weights = self.weights()
+        return (3 if weights.gated else 2) * weights.down.shape[1]
+
     def used_share(self) -> float | None:
         """Share of the matrices' weights that every token uses when all experts are on.
 

@@ -92,7 +92,8 @@ class LatentGatedExperts(Experts):
             nn.Parameter(torch.empty(num_experts, dim)) if config.down_bias else None
         )
         factors = self.gate_up_common.numel() + self.gate_up_private.numel()
-        if factors >= 2 * num_experts * width * dim:
+        # Who counts a model without making it, or loads one, has no use for the advice.
+        if factors >= 2 * num_experts * width * dim and not self.down_proj.is_meta:
             _LOGGER.warning(
                 "group_size=%d and latent_width=%d give latent experts no fewer weights than "
                 "ordinary ones of width %d; lower latent_width or make the groups larger",
@@ -170,6 +171,10 @@ class LatentGatedExperts(Experts):
     def common_weights(self) -> int:
         """Weights of the projections; a token is taken to need those of every group."""
         return self.gate_up_common.numel()
+
+    def neuron_weights(self) -> int:
+        """Weights of one neuron of a gated network: rows of gate and up, a column of down."""
+        return 3 * self.down_proj.shape[1]
 
 
 def _held(routing: Routing) -> Tensor:

@@ -1,4 +1,9 @@
-"""Run a comparison of architectures and write its leaderboard."""
+"""Run a comparison of architectures and write its leaderboard.
+
+Cells, lines, shards and resumption are those of `moesaic.recipes.comparison`, whose parts this
+puts together in the same order. What differs: nothing is read of a dense parent and nothing is
+calibrated, since every cell starts from fresh weights, and a width is matched to the cost first.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from moesaic._progress import SILENT, Progress
 from moesaic.analysis import Leaderboard, leaderboard_markdown, render_leaderboard
 from moesaic.evaluation.machine import flops_per_s
 from moesaic.recipes.architectures.cells import ArchitectureCell, architecture_cells
-from moesaic.recipes.architectures.matching import count_flops, dense_model
+from moesaic.recipes.architectures.matching import count, dense_model
 from moesaic.recipes.architectures.measure import matched, resolved, tokenizer_of
 from moesaic.recipes.architectures.protocol import ArchitectureProtocol
 from moesaic.recipes.comparison.cells import Selection, select
@@ -36,9 +41,10 @@ def compare_architectures(
     redo: bool = False,
     run: Runner = run_piece,
 ) -> list[dict[str, Any]]:
-    """Train and measure the cells of a protocol that are not measured yet.
+    """Train architectures from fresh weights and measure those that are not measured yet.
 
-    Run again after an interruption, it goes on inside the cell it was in.
+    A cell is one architecture with one seed; `moesaic.recipes.comparison.compare` instead changes
+    one dense model by methods and budgets. Both go on, run again, inside the cell they were in.
 
     Args:
         protocol: What is compared.
@@ -89,7 +95,7 @@ def estimate_architectures(
     """
     check_train(protocol.train, protocol.data.block)
     dense = dense_model(protocol, len(tokenizer_of(protocol.tokenizer)))
-    token_flops = _TRAINING_PASSES * count_flops(dense, 0.0, protocol.data.block)
+    token_flops = _TRAINING_PASSES * count(dense, 0.0).flops
     seconds = protocol.train.tokens * token_flops / (_EFFICIENCY * flops_per_s())
     return list_cells(
         grid_of(protocol),

@@ -46,7 +46,10 @@ def compare(
     redo: bool = False,
     run: Runner = run_piece,
 ) -> list[dict[str, Any]]:
-    """Measure the cells of a protocol that are not measured yet.
+    """Convert or compress one dense model in many ways and measure what is not measured yet.
+
+    A cell is one method at one budget, with one seed, before or after training;
+    `moesaic.recipes.architectures.compare_architectures` instead trains models from fresh weights.
 
     A cell is done when its line is in the directory and its settings are still those of the
     protocol; one that ended in an error is tried again. Run again after an interruption, it goes on
