@@ -138,8 +138,8 @@ def width_of(ffn: Ffn) -> int:
 def num_pointers(kind: type[ctypes.Structure]) -> int:
     """Pointers of a struct, those of the structs in it included."""
     return sum(
-        num_pointers(field) if issubclass(field, ctypes.Structure) else field is _POINTER
-        for _, field in kind._fields_
+        num_pointers(field) if issubclass(field, ctypes.Structure) else int(field is _POINTER)
+        for _, field in _fields(kind)
     )
 
 
@@ -147,7 +147,7 @@ def numbers_of(struct: ctypes.Structure) -> tuple[list[int], list[float]]:
     """The integers of a struct and its other numbers, in order."""
     sizes: list[int] = []
     numbers: list[float] = []
-    for name, field in struct._fields_:
+    for name, field in _fields(struct):
         value = getattr(struct, name)
         if issubclass(field, ctypes.Structure):
             more_sizes, more_numbers = numbers_of(value)
@@ -168,6 +168,10 @@ def rebuilt(
     return _rebuilt(kind, iter(pointers), iter(sizes), iter(numbers))
 
 
+def _fields(struct: Any) -> list[tuple[str, Any]]:
+    return list(struct._fields_)
+
+
 def _rebuilt(kind: type[ctypes.Structure], *values: Iterator[Any]) -> Any:
     by_kind = dict(zip((_POINTER, _INT, _DOUBLE), values, strict=True))
     return kind(
@@ -175,7 +179,7 @@ def _rebuilt(kind: type[ctypes.Structure], *values: Iterator[Any]) -> Any:
             _rebuilt(field, *values)
             if issubclass(field, ctypes.Structure)
             else next(by_kind[field])
-            for _, field in kind._fields_
+            for _, field in _fields(kind)
         )
     )
 
