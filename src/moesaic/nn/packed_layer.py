@@ -160,6 +160,9 @@ class PackedLayer:
                 self._follow()
         return self._ffn(h, self._sources)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied module has weights of its own, which are not packed."""
+
     def _follow(self) -> None:
         """Let native code decide as the router does now."""
         choice = None if self._router is None else self._router.choice()
