@@ -5,6 +5,7 @@ Shapes: T tokens, E experts, D model width.
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -202,6 +203,15 @@ def test_the_threshold_moves_without_packing_again(monkeypatch):
     assert not torch.allclose(before, moved)
     assert torch.equal(layer(h_TD), before)
     assert len(calls) == 3
+
+
+@torch.no_grad()
+def test_a_copied_layer_is_not_packed():
+    layer, h_TD = packed_layer_of(), tokens(5).float()
+    again = copy.deepcopy(layer)
+    assert again.packed is None
+    assert again.experts.packed is None
+    torch.testing.assert_close(again(h_TD), layer(h_TD), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.layer import MoELayer
 from moesaic.ops.cpu.ffn import PackedFfn, PackedRouter
-from moesaic.ops.cpu.operators import Sources, traced, version_of
+from moesaic.ops.cpu.operators import Sources, traced
 from moesaic.ops.cpu.packed import Format, PackedExperts, PackedLinear
 from moesaic.ops.select import say_once
 
@@ -107,7 +107,7 @@ class PackedLayer:
         self._settings = {} if layer.router is None else vars(layer.router)
         names = () if layer.router is None else layer.router.moving
         self._moving = {name: self._settings[name] for name in names}
-        self._experts = [part for part in (layer.experts, layer.shared) if part is not None]
+        self._experts = [vars(part) for part in (layer.experts, layer.shared) if part is not None]
         modules = list(layer.modules())
         # Dictionaries of the modules, and not the modules: every object that is looked at costs
         # more than the comparison (see `run_layer`).
@@ -121,14 +121,18 @@ class PackedLayer:
             for module in modules[1:]
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        self._tensors: list[tuple[dict[str, Any], str, Tensor, int, int]] = [
-            (store, name, tensor, tensor.data_ptr(), version_of(tensor))
+        # Tensors of inference mode have no version.
+        self._tensors: list[tuple[dict[str, Any], str, Tensor, int, int | None]] = [
+            (
+                *(store, name, tensor, tensor.data_ptr()),
+                None if tensor.is_inference() else tensor._version,
+            )
             for module in modules
             for store in (module._parameters, module._buffers)
             for name, tensor in store.items()
             if tensor is not None
         ]
-        self._sources = Sources([x[2] for x in self._tensors], [x[4] for x in self._tensors])
+        self._sources = Sources([x[2] for x in self._tensors], [x[4] or 0 for x in self._tensors])
 
     def __call__(self, layer: MoELayer, h: Tensor) -> Tensor | None:
         """Apply the layer to tokens.
@@ -146,8 +150,8 @@ class PackedLayer:
         for hooks in self._hooks:
             if hooks:
                 return None
-        for experts in self._experts:
-            if experts.backend not in ("auto", "native"):
+        for settings in self._experts:
+            if settings.get("backend", "auto") not in ("auto", "native"):
                 return None
         if not self._is_copy(traced(h)):
             say_once(
@@ -162,6 +166,9 @@ class PackedLayer:
                     return None
                 self._follow()
         return self._ffn(h, self._sources)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied module has weights of its own, which are not packed."""
 
     def _follow(self) -> None:
         """Let native code decide as the router does now."""
@@ -186,7 +193,9 @@ class PackedLayer:
         for store, name, tensor, address, version in self._tensors:
             if not exporting and store.get(name) is not tensor:
                 return False
-            if addresses and (tensor.data_ptr() != address or version_of(tensor) != version):
+            if addresses and (
+                tensor.data_ptr() != address or (version is not None and tensor._version != version)
+            ):
                 return False
         return True
 

@@ -10,7 +10,7 @@ O outputs, L floats of a register, P panels.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as nnf
@@ -194,6 +194,9 @@ class PackedExperts:
         """Whether these are still the weights that were packed, unchanged."""
         # A graph being made has no addresses; it checks versions whenever it runs.
         return operators.traced(weights.up) or self._packed_from == _versions(weights)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied module has weights of its own, which are not packed."""
 
     @property
     def num_bytes(self) -> int:
