@@ -90,9 +90,11 @@ def model_cost(
         part = layer.shared if layer.experts is None else layer.experts
         if part is not None:
             off = shape.unused(fraction) / part.width
+            off_parameters += part.unused_weights(off)
             # Whole experts go with their biases, single weights do not.
-            off_parameters += off * _expert(part, biases=layer.experts is not None)
-            off_matrices += off * _expert(part, biases=False)
+            if layer.experts is not None:
+                off_parameters += off * _biases(part)
+            off_matrices += off * part.own_weights()
     routers = [router for layer in layers for router in layer.routers()]
     return Cost(
         total_parameters=total,
@@ -150,13 +152,11 @@ def _matrices(model: nn.Module) -> int:
     return total
 
 
-def _expert(experts: Experts, *, biases: bool) -> int:
-    """Parameters of one expert that no other has."""
-    if not biases:
-        return experts.own_weights()
+def _biases(experts: Experts) -> int:
+    """Biases of one expert."""
     weights = experts.weights()
     own = [bias for bias in (weights.up_bias, weights.down_bias) if bias is not None]
-    return experts.own_weights() + sum(bias[0].numel() for bias in own)
+    return sum(bias[0].numel() for bias in own)
 
 
 def _attention_flops(config: Any, context: int) -> int:
