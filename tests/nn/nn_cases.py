@@ -31,7 +31,7 @@ def router_options(name: str, num_experts: int, **options: Any) -> dict[str, Any
     if "capacity" in fields:
         options.setdefault("capacity", min(fields["capacity"].default, num_experts))
     if "probability" in fields:
-        # Else hardly any test would see what is done now and then; hidden tasks are not seen at all.
+        # Else hardly any test would see what is done now and then; hiding tasks is not seen.
         options.setdefault("probability", 0.0 if "num_tasks" in fields else 1.0)
     if "num_groups" in fields and num_experts % 2:
         options.setdefault("num_groups", 1)

@@ -386,8 +386,8 @@ def pass_state(
     """
     if tasks is not None and model.training and getattr(model, "is_gradient_checkpointing", False):
         raise InputError(
-            "tasks need a model without gradient checkpointing, which computes a layer anew without "
-            "them; call model.gradient_checkpointing_disable()"
+            "tasks need a model without gradient checkpointing, which computes a layer anew "
+            "without them; call model.gradient_checkpointing_disable()"
         )
     layers = [layer for layer in moe_layers(model) if layer.router is not None]
     last: list[Routing] = []
@@ -424,8 +424,8 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     """Collect the routing of every layer that has a router, in the order they run.
 
     A layer of several iterations gives one for each. Losses of experts count to the routing that
-    drove them. The hooks are gone when the block ends, so a backward pass that recomputes a layer is
-    not recorded twice.
+    drove them. The hooks are gone when the block ends, so a backward pass that recomputes a layer
+    is not recorded twice.
     """
     routings: list[Routing] = []
 

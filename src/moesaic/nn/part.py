@@ -1,4 +1,4 @@
-"""What routers and experts have in common: they live through optimiser steps, at a learning rate."""
+"""What routers and experts have in common: optimiser steps, and rates to learn at."""
 
 from __future__ import annotations
 

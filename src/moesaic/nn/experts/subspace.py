@@ -1,16 +1,17 @@
 """Experts that are parts of one shared backbone; a learned matrix says who borrows whose part.
 
-Source: CDSP-MoE, arXiv 2512.20291. The B dimensions of one pair of matrices are owned in equal blocks
-by the experts. Expert i takes the F dimensions with the largest influence sigmoid(A_ij), j being the
-owner, and gives down(act(up h)) on these, times the mean of their influences, through which the task
-teaches the topology A. Where the gradients of two experts on shared dimensions pointed against each
-other in the step before, their link A_ij is charged by sigmoid(A_ij) times the conflict, and falls
-until the block is no longer borrowed. Only gradients of the up matrix are compared.
+Source: CDSP-MoE, arXiv 2512.20291. The B dimensions of one pair of matrices are owned in equal
+blocks by the experts. Expert i takes the F dimensions with the largest influence sigmoid(A_ij), j
+being the owner, and gives down(act(up h)) on these, times the mean of their influences, through
+which the task teaches the topology A. Where the gradients of two experts on shared dimensions
+pointed against each other in the step before, their link A_ij is charged by sigmoid(A_ij) times
+the conflict, and falls until the block is no longer borrowed. Only gradients of the up matrix are
+compared.
 
-As the paper's text, and not its code: the sigmoid of A in the loss, and no pair left out for a small
-A. As the code: the loss of A alone counts ten times the text's. Gradients of an expert in both slots of
-a token, and of all passes of a step, add up. F exceeds a block, so that an expert borrows F - B / E
-dimensions even where no link is left; links then only decide whose.
+As the paper's text, and not its code: the sigmoid of A in the loss, and no pair left out for a
+small A. As the code: the loss of A alone counts ten times the text's. Gradients of an expert in
+both slots of a token, and of all passes of a step, add up. F exceeds a block, so that an expert
+borrows F - B/E dimensions even where no link is left; links then only decide whose.
 
 Shapes: T tokens, E experts, B dimensions of the backbone in E blocks, F of one expert, D model width.
 """
@@ -42,8 +43,8 @@ class SubspaceExpertsConfig(ExpertsConfig):
     Attributes:
         block: Dimensions that each expert owns; 0 is the fewest of which E blocks leave an expert
             its width F = B / sqrt(E), as in the paper: F / sqrt(E). More make experts differ more.
-        conflict_coef: Weight of the conflicts. A model takes the mean of its layers' losses, and the
-            paper their sum, so that the paper's 10 is 10 times the number of layers there; 0 is none.
+        conflict_coef: Weight of the conflicts; 0 is none. A model takes the mean of its layers'
+            losses and the paper their sum, whose 10 is 10 times the number of layers there.
         size_coef: Weight of the mean of |A|; the paper's text has a tenth of it.
         choice_coef: Weight of the mean of sigmoid(A) (1 - sigmoid(A)), which is small where links
             are decided; the paper's text has a tenth of it.
@@ -59,7 +60,9 @@ class SubspaceExpertsConfig(ExpertsConfig):
     def __post_init__(self) -> None:
         activation(self.activation)
         if self.block < 0:
-            raise InputError(f"block must be at least 0, got {self.block}; 0 follows from the width")
+            raise InputError(
+                f"block must be at least 0, got {self.block}; 0 follows from the width"
+            )
         for name in ("conflict_coef", "size_coef", "choice_coef"):
             value = getattr(self, name)
             if not 0.0 <= value < math.inf:

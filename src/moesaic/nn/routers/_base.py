@@ -31,8 +31,8 @@ class RouterState:
         tokens_T: Ids of the tokens, [T] int64, or none where they are not known.
         sequences: The sequence behind each token, for experts that read one.
         num_sequences: B, which the tokens are equal parts of, in turn; none where nobody knows.
-        tasks_B: Task of each sequence, or of each token, [B] or [T] int64, -1 where it is not known;
-            none where no task is.
+        tasks_B: Task of each sequence, or of each token, [B] or [T] int64, -1 where it is not
+            known; none where no task is.
     """
 
     previous: Routing | None = None

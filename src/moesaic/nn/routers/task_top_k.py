@@ -2,8 +2,7 @@
 
 Source: CDSP-MoE, arXiv 2512.20291: scores are one linear map of the normalised token beside an
 embedding of the task; softmax over the k best alone. The embedding is zero where the task is not
-known, and in training now and then for a whole pass, so that the router also learns to do without: its
-blind routing is what other routers always do.
+known, and in training now and then for a whole pass, so that the router also learns to do without.
 
 Here each token is normalised by itself; the authors' code normalises sequences as a whole.
 
@@ -38,7 +37,8 @@ class TaskTopKConfig:
         top_k: Experts per token.
         num_tasks: N; ids of tasks are in [0, N).
         size: M.
-        probability: Chance that a pass of training hides the tasks; 0 leaves blind routing untaught.
+        probability: Chance that a pass of training hides the tasks, so that the router learns to
+            do without.
     """
 
     top_k: int = 2
