@@ -174,6 +174,28 @@ def test_state_survives_bit_by_bit(name, bias):
     assert torch.equal(copy.deepcopy(experts)(*given), experts(*given))
 
 
+@each_kind
+def test_losses_are_scalars_and_steps_change_no_weight(name):
+    experts = make(name).train()
+    before = copy.deepcopy(experts.state_dict())
+    found = []
+    for _ in range(2):
+        out = experts(tokens(63, dtype=torch.float64), some_routing(63), some_state(63))
+        found.append(experts.aux_losses(some_routing(63)))
+        out.square().sum().backward()
+        experts.end_step()
+    experts.forget_step()
+    found.append(experts.aux_losses(some_routing(63)))
+    for losses in found:
+        assert all(loss.shape == () and loss.isfinite() for loss in losses.values())
+    # What follows from a step is there in the next and forgotten with it.
+    first, second, third = (losses.keys() for losses in found)
+    assert first == third
+    assert (first != second) == ("step-losses" in EXPERTS[name].abilities)
+    assert experts.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in experts.state_dict().items())
+
+
 @each_network
 def test_reset_draws_weights_and_no_biases(name):
     experts = make(name, bias=True)

@@ -13,7 +13,8 @@ small A. As the code: the loss of A alone counts ten times the text's. Gradients
 both slots of a token, and of all passes of a step, add up. F exceeds a block, so that an expert
 borrows F - B/E dimensions even where no link is left; links then only decide whose.
 
-Shapes: T tokens, E experts, B dimensions of the backbone in E blocks, F of one expert, D model width.
+Shapes: T tokens, E experts, B dimensions of the backbone in E blocks, F of one expert, D model
+width.
 """
 
 from __future__ import annotations
