@@ -423,30 +423,32 @@ def pass_state(
 def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     """Collect the routing of every layer that has a router, in the order they run.
 
-    A layer of several iterations gives one for each. Losses of experts count to the routing that
-    drove them. The hooks are gone when the block ends, so a backward pass that recomputes a layer
-    is not recorded twice.
+    A layer of several iterations gives one for each. When the block ends, each is charged with the
+    losses of the experts that it drove, and the hooks are gone, so a backward pass that recomputes
+    a layer is not recorded twice.
     """
     routings: list[Routing] = []
+    driven: list[tuple[int, Experts, Routing]] = []
 
     def keep(module: nn.Module, args: object, routing: Routing) -> None:
         routings.append(routing)
 
-    def charge(experts: Experts, args: tuple[Any, ...], out_TD: Tensor) -> None:
+    def drive(experts: Experts, args: tuple[Any, ...], out_TD: Tensor) -> None:
         # Without a routing all of them ran, as one network.
-        driven_by: Routing | None = args[1] if len(args) > 1 else None
-        losses = {} if driven_by is None else experts.aux_losses(driven_by)
-        if losses:
-            routings[-1] = routings[-1].charge(losses)
+        if len(args) > 1 and args[1] is not None:
+            driven.append((len(routings) - 1, experts, args[1]))
 
     handles = []
     for layer in moe_layers(model):
         handles += [router.register_forward_hook(keep) for router in layer.routers()]
         # Also those inside of others, where experts differ in kind.
         found = [module for module in layer.modules() if isinstance(module, Experts)]
-        handles += [experts.register_forward_hook(charge) for experts in found]
+        handles += [experts.register_forward_hook(drive) for experts in found]
     try:
         yield routings
+        # Not in the pass: a layer that is recomputed runs without hooks, and has to do the same.
+        for index, experts, routing in driven:
+            routings[index] = routings[index].charge(experts.aux_losses(routing))
     finally:
         for handle in handles:
             handle.remove()
