@@ -414,8 +414,8 @@ SYSTEMS = (
         evidence="evidence/cdsp_moe.json",
         use_when=(
             "Several tasks share one model, it is known in training which is which, and it should "
-            "be seen in weights who shares with whom. Not to save weights for their own sake, nor "
-            "where tasks look alike and only their labels differ: blind, no router tells them apart."
+            "be seen in weights who shares with whom. Not where tasks look alike and only their "
+            "labels differ: blind, no router tells them apart."
         ),
         cost=(
             "sqrt(E) times fewer weights than separate experts of the same width, at the same work "

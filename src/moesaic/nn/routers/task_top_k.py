@@ -123,6 +123,7 @@ class TaskTopK(Router):
         num_tokens = x_TD.shape[0]
         if tasks_B is None:
             return x_TD.new_zeros(num_tokens, self.config.size)
+        tasks_B = tasks_B.to(x_TD.device)
         num_parts = tasks_B.shape[0]
         if tasks_B.dim() != 1 or num_tokens % max(1, num_parts):
             raise InputError(
