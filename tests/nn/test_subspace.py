@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from nn_cases import make_layer, tokens
+from torch import distributed
 from torch.nn import functional
 
 from moesaic._errors import InputError
@@ -274,6 +275,24 @@ def test_accumulated_passes_are_one_step(passes):
     assert same(whole, cut)
 
 
+def test_gradients_of_all_processes_are_compared(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    mine_EFD, theirs_EFD = torch.randn(2, 4, 3, 5, generator=draw)
+    dims_EF = torch.tensor([[0, 1, 2], [1, 2, 3], [2, 3, 4], [0, 2, 4]])
+    whole, part = StepConflict(5), StepConflict(5)
+    for gradient_EFD in (mine_EFD, theirs_EFD):
+        whole.add(dims_EF, gradient_EFD)
+    whole.end_step()
+    before_EFD = mine_EFD.clone()
+    part.add(dims_EF, mine_EFD)
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "all_reduce", lambda values: values.add_(theirs_EFD))
+    part.end_step()
+    torch.testing.assert_close(part.last_EE, whole.last_EE)
+    assert 0 < whole.last_EE.count_nonzero() < 12
+    assert torch.equal(mine_EFD, before_EFD)
+
+
 def test_conflict_is_in_no_checkpoint_and_gone_after_loading():
     layer, h_TD = layer_of(), tokens(64, D, dtype=torch.float64)
     step(layer, h_TD)
@@ -305,6 +324,7 @@ def test_a_skipped_step_leaves_nothing(told):
         forget_step(layer)
     else:
         end_step(layer)
+    assert layer.experts.conflict.last_EE is None
     for h_TD in (second, first):
         assert step(layer, h_TD) == step(other, h_TD)
     assert same(layer, other)

@@ -77,7 +77,8 @@ class StepConflict:
         self.forget()
         if total_EFD is None or dims_EF is None:
             return
-        total_EFD = sum_over_processes(total_EFD)
+        # A copy: what autograd handed out is not ours to add to.
+        total_EFD = sum_over_processes(total_EFD.clone())
         # A step that overflowed says nothing.
         if bool(total_EFD.isfinite().all()):
             self.last_EE = (-shared_cosines(total_EFD, dims_EF, self.num_dims)).relu()
