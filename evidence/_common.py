@@ -27,6 +27,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from moesaic.data import DataConfig, load_documents
 from moesaic.evaluation import machine_info
 from moesaic.models.mixture import fresh_mixture
+from moesaic.nn.groups import parameter_groups
 from moesaic.nn.layer import LayerConfig, end_step, moe_layers, record_routing
 
 VOCAB = 256
@@ -105,7 +106,7 @@ def optimise(
     With `router_rate` the routers learn at a rate of their own and without weight decay.
     """
     model.train()
-    groups = _groups(model, rate, router_rate)
+    groups = parameter_groups(model, rate, router_rate)
     rates = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     for step in range(steps):
@@ -123,20 +124,6 @@ def optimise(
         if after is not None:
             after(step, routings)
     model.eval()
-
-
-def _groups(model: Any, rate: float, router_rate: float | None) -> list[dict[str, Any]]:
-    if router_rate is None:
-        return [{"params": list(model.parameters()), "lr": rate}]
-    of_routers = {
-        p for layer in moe_layers(model) for router in layer.routers() for p in router.parameters()
-    }
-    routers = [p for p in model.parameters() if p in of_routers]
-    others = [p for p in model.parameters() if p not in of_routers]
-    groups: list[dict[str, Any]] = [{"params": others, "lr": rate}]
-    if routers:
-        groups.append({"params": routers, "lr": router_rate, "weight_decay": 0.0})
-    return groups
 
 
 def held_windows(length: int, windows: int) -> Tensor:

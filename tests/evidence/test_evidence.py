@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = (
     "adamoe",
     "alf_lb",
+    "cdsp_moe",
     "chain_of_experts",
     "comet",
     "deepseekmoe",

@@ -31,8 +31,8 @@ def router_options(name: str, num_experts: int, **options: Any) -> dict[str, Any
     if "capacity" in fields:
         options.setdefault("capacity", min(fields["capacity"].default, num_experts))
     if "probability" in fields:
-        # Else hardly any test would see what is done now and then.
-        options.setdefault("probability", 1.0)
+        # Else hardly any test would see what is done now and then; hiding tasks is not seen.
+        options.setdefault("probability", 0.0 if "num_tasks" in fields else 1.0)
     if "num_groups" in fields and num_experts % 2:
         options.setdefault("num_groups", 1)
     if "tile_rows" in fields:
@@ -51,9 +51,11 @@ def make_router(
     router = ROUTERS.load(name)(dim, num_experts, settings)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in router.parameters():
+        for name_of, parameter in router.named_parameters():
             normal = torch.randn(parameter.shape, generator=draw)
-            parameter.copy_(normal * spread_out * dim**-0.5)
+            # Factors of a normalisation stay about one, or scores had no spread.
+            about = 1.0 if name_of == "norm_weight" else 0.0
+            parameter.copy_(about + normal * spread_out * dim**-0.5)
     return router.eval()
 
 
@@ -100,14 +102,19 @@ def tokens(num_tokens: int, dim: int = 17, *, seed: int = 1, dtype=torch.float32
 
 def route(router: Router, h_TD: Tensor, **state: Any) -> Routing:
     """Route as a model does, with ids that follow from the tokens for a router that reads them."""
-    return router(h_TD, RouterState(**state, **token_ids(router, h_TD)))
+    return router(h_TD, RouterState(**state, **given_ids(router, h_TD)))
 
 
-def token_ids(router: Router, h: Tensor) -> dict[str, Tensor]:
-    """What a model adds to the state of a router that reads ids of tokens, [..., D] to [T]."""
-    if not router.needs_tokens:
-        return {}
-    return {"tokens_T": (1000 * h[..., 0].flatten().double()).long() % router.config.vocab_size}
+def given_ids(router: Router, h: Tensor) -> dict[str, Tensor]:
+    """What a model or its caller adds to the state of a router that reads ids, [..., D] to [T]."""
+    ids_T = (1000 * h[..., 0].flatten().double()).long()
+    given = {}
+    if router.needs_tokens:
+        given["tokens_T"] = ids_T % router.config.vocab_size
+    if router.reads_tasks:
+        # That of some is unknown.
+        given["tasks_B"] = ids_T % (router.config.num_tasks + 1) - 1
+    return given
 
 
 def set_scores(router: Router, scores_TE: Tensor) -> Tensor:

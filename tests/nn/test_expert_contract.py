@@ -174,13 +174,39 @@ def test_state_survives_bit_by_bit(name, bias):
     assert torch.equal(copy.deepcopy(experts)(*given), experts(*given))
 
 
+@each_kind
+def test_losses_are_scalars_and_steps_change_no_weight(name):
+    experts = make(name).train()
+    before = copy.deepcopy(experts.state_dict())
+    found = []
+    for _ in range(2):
+        out = experts(tokens(63, dtype=torch.float64), some_routing(63), some_state(63))
+        found.append(experts.aux_losses(some_routing(63)))
+        out.square().sum().backward()
+        experts.end_step()
+    experts.forget_step()
+    found.append(experts.aux_losses(some_routing(63)))
+    for losses in found:
+        assert all(loss.shape == () and loss.isfinite() for loss in losses.values())
+    # What follows from a step is there in the next and forgotten with it.
+    first, second, third = (losses.keys() for losses in found)
+    assert first == third
+    assert (first != second) == ("step-losses" in EXPERTS[name].abilities)
+    assert experts.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in experts.state_dict().items())
+
+
 @each_network
-def test_reset_draws_small_weights_and_no_biases(name):
+def test_reset_draws_weights_and_no_biases(name):
     experts = make(name, bias=True)
     experts.reset_parameters()
     weights = experts.weights()
-    assert weights.up.std().item() == pytest.approx(0.02, rel=0.2)
-    assert weights.down.std().item() == pytest.approx(0.02, rel=0.2)
+    if "orthogonal" in EXPERTS[name].abilities:
+        for matrix in (experts.up_proj.T, experts.down_proj):
+            torch.testing.assert_close(matrix @ matrix.T, torch.eye(D, dtype=matrix.dtype))
+    else:
+        assert weights.up.std().item() == pytest.approx(0.02, rel=0.2)
+        assert weights.down.std().item() == pytest.approx(0.02, rel=0.2)
     assert not weights.up_bias.any()
     assert repr(experts).endswith(f"(experts={E}, width={F}, backend=auto)")
 

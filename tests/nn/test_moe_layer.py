@@ -9,9 +9,9 @@ import torch
 from nn_cases import (
     dense_weights,
     expert_outputs,
+    given_ids,
     make_layer,
     router_options,
-    token_ids,
     tokens,
 )
 from torch import nn
@@ -30,7 +30,7 @@ def run(part, h):
     """Run a layer or router as a model does, from one state of the generator of noise."""
     torch.manual_seed(0)
     router = part.router if isinstance(part, MoELayer) else part
-    return part(h, RouterState(**token_ids(router, h)))
+    return part(h, RouterState(**given_ids(router, h)))
 
 
 @each_router

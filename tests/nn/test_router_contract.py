@@ -22,7 +22,7 @@ each_hearing_router = pytest.mark.parametrize("name", HEARING)
 each_random_router = pytest.mark.parametrize("name", [n for n in ROUTERS if n not in HEARING])
 E = 6
 # Parameters whose rows are no experts.
-OF_NO_EXPERT = ("project", "cell.")
+OF_NO_EXPERT = ("project", "cell.", "norm_", "task_")
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 
 
@@ -469,6 +469,10 @@ def test_fresh_weights_are_small_and_differ(name):
         ("straight-through-top-k", {"temperature": 0.0}, r"temperature must be above 0, got 0.0"),
         ("straight-through-top-k", {"soft_steps": -1}, r"soft_steps must be at least 0, got -1; 0"),
         ("straight-through-top-k", {"weight": "on"}, r"'on' is unknown; did you mean one"),
+        ("task-top-k", {"top_k": 0}, r"top_k must be at least 1, got 0; choose"),
+        ("task-top-k", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
+        ("task-top-k", {"num_tasks": 0}, r"num_tasks and size must be at least 1, got 0 and 16"),
+        ("task-top-k", {"probability": 1.5}, r"probability must be in \[0, 1\], got 1.5; 0.1 is"),
         ("token-rounding", {"top_k": 0}, r"top_k must be at least 1, got 0"),
         ("token-rounding", {"top_k": 7}, r"top_k must be in \[1, num_experts=6\], got 7"),
         ("token-rounding", {"tile_rows": 0}, r"tile_rows must be at least 1, got 0; 128 is"),

@@ -84,21 +84,19 @@ def model_cost(
     fractions = _fractions(layers, shapes, active_per_layer)
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
-    off = sum(_off_weights(layers, shapes, fractions))
-    off_biases = sum(
-        shape.unused(fraction) / shape.width * _expert_biases(layer.experts)
-        for layer, shape, fraction in zip(layers, shapes, fractions, strict=True)
-        # Whole experts go with their biases, single weights do not.
-        if layer.experts is not None
+    off = _off_weights(layers, shapes, fractions)
+    off_parameters = sum(
+        _off_parameters(layer, shape, weights)
+        for layer, shape, weights in zip(layers, shapes, off, strict=True)
     )
     routers = [router for layer in layers for router in layer.routers()]
     return Cost(
         total_parameters=total,
         bytes=sum(p.numel() * p.element_size() for p in parameters),
         active_ffn_fraction=float(np.mean(fractions)) if fractions else 1.0,
-        active_parameters=round(total - off - off_biases),
+        active_parameters=round(total - off_parameters),
         router_parameters=sum(p.numel() for router in routers for p in router.parameters()),
-        flops_per_token=round(2 * (_matrices(model) - off)),
+        flops_per_token=round(2 * (_matrices(model) - sum(off))),
         attention_flops_per_token=_attention_flops(model.config, context),
         context=context,
     )
@@ -175,6 +173,14 @@ def _matrices(model: nn.Module) -> int:
     for layer in moe_layers(model):
         total += sum(router.num_multiplied() for router in layer.turns())
     return total
+
+
+def _off_parameters(layer: MoELayer, shape: LayerShape, off_weights: float) -> float:
+    """Parameters that a token does not use; whole experts go with their biases, weights do not."""
+    if layer.experts is None:
+        return off_weights
+    num_off = off_weights / (shape.width * layer.experts.neuron_weights())
+    return layer.experts.unused_weights(num_off) + num_off * _expert_biases(layer.experts)
 
 
 def _expert_biases(experts: Experts) -> int:

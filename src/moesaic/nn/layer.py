@@ -21,6 +21,7 @@ from moesaic.nn.experts._base import Experts, ExpertsConfig
 from moesaic.nn.experts._mixed import MixedExperts
 from moesaic.nn.experts._table import EXPERTS
 from moesaic.nn.free import FreeExperts
+from moesaic.nn.part import Part
 from moesaic.nn.routers._base import Router, RouterState
 from moesaic.nn.routers._table import ROUTERS
 from moesaic.nn.routing import Routing
@@ -189,6 +190,11 @@ class MoELayer(nn.Module):
         # Adapters may have put themselves around one.
         return [router for router in (self.router, *later) if router is not None]
 
+    def parts(self) -> list[Part]:
+        """Its routers and experts, those of a shared part among them."""
+        experts: list[Any] = [self.experts, self.shared]
+        return [part for part in (*self.routers(), *experts) if part is not None]
+
     def turns(self) -> list[Router]:
         """The router of every iteration, in their order."""
         routers = self.routers()
@@ -328,16 +334,28 @@ def link_layers(model: nn.Module) -> None:
 
 
 def end_step(model: nn.Module) -> None:
-    """Tell every router that an optimiser step has ended.
+    """Tell routers and experts that an optimiser step has ended.
 
-    Some move a bias by its loads, some follow a schedule.
+    Some move a bias by its loads, some follow a schedule, some hand on what its gradients said.
 
     `moesaic.train` and `moesaic.training.EndStep`, a callback for the Trainer of transformers, do
     this; a training loop of one's own calls it after `optimizer.step()`.
     """
     for layer in moe_layers(model):
-        for router in layer.routers():
-            router.end_step()
+        for part in layer.parts():
+            part.end_step()
+
+
+def forget_step(model: nn.Module) -> None:
+    """Make routers and experts forget what passes left behind that no checkpoint holds.
+
+    A training loop of one's own calls it, in the place of `end_step`, where the optimiser skipped a
+    step, and after it where a checkpoint is saved: a run that is resumed from there then equals one
+    that was not interrupted. `moesaic.train` and `moesaic.training.EndStep` do this.
+    """
+    for layer in moe_layers(model):
+        for part in layer.parts():
+            part.forget_step()
 
 
 @contextmanager
@@ -358,16 +376,28 @@ def all_experts_on(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def pass_state(model: nn.Module, tokens: Tensor | None = None) -> Iterator[None]:
-    """Give routers that need it the token ids and the routing of the layer that ran before.
+def pass_state(
+    model: nn.Module, tokens: Tensor | None = None, tasks: Tensor | None = None
+) -> Iterator[None]:
+    """Give routers that need it the token ids, the tasks and the routing of the layer before.
 
-    It holds for one pass over the model, whose own `forward` does this. Without such routers
-    nothing happens.
+    It holds for one pass over the model, whose own `forward` does this, but for the tasks, which
+    only its caller knows: who has them calls the model inside. Without such routers nothing
+    happens.
 
     Args:
         model: Whose layers run while it lasts.
         tokens: Ids of the tokens of the pass, in any shape; none if they are not known.
+        tasks: Task of each sequence, or of each token, [B] or [T] int64, -1 where it is not known.
+
+    Raises:
+        InputError: If tasks are given while gradient checkpointing is on.
     """
+    if tasks is not None and model.training and getattr(model, "is_gradient_checkpointing", False):
+        raise InputError(
+            "tasks need a model without gradient checkpointing, which computes a layer anew "
+            "without them; call model.gradient_checkpointing_disable()"
+        )
     layers = [layer for layer in moe_layers(model) if layer.router is not None]
     last: list[Routing] = []
     tokens_T = None if tokens is None else tokens.flatten()
@@ -377,6 +407,8 @@ def pass_state(model: nn.Module, tokens: Tensor | None = None) -> Iterator[None]
         given = [*args[1:], options.get("state"), RouterState()]
         state = next(state for state in given if state is not None)
         state = replace(state, previous=last[0] if last else None, tokens_T=tokens_T)
+        if tasks is not None:
+            state = replace(state, tasks_B=tasks)
         return args[:1], {"state": state}
 
     def keep(router: nn.Module, args: object, routing: Routing) -> None:
@@ -384,7 +416,8 @@ def pass_state(model: nn.Module, tokens: Tensor | None = None) -> Iterator[None]
 
     handles = []
     routers = [router for layer in layers for router in layer.routers()]
-    if any(router.needs_previous or router.needs_tokens for router in routers):
+    needed = any(router.needs_previous or router.needs_tokens for router in routers)
+    if needed or (tasks is not None and any(router.reads_tasks for router in routers)):
         for layer in layers:
             handles.append(layer.register_forward_pre_hook(give, with_kwargs=True))
             handles.extend(router.register_forward_hook(keep) for router in layer.routers())
@@ -399,21 +432,32 @@ def pass_state(model: nn.Module, tokens: Tensor | None = None) -> Iterator[None]
 def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     """Collect the routing of every layer that has a router, in the order they run.
 
-    A layer of several iterations gives one for each. The hooks are gone when the block ends, so a
-    backward pass that recomputes a layer is not recorded twice.
+    A layer of several iterations gives one for each. When the block ends, each is charged with the
+    losses of the experts that it drove, and the hooks are gone, so a backward pass that recomputes
+    a layer is not recorded twice.
     """
     routings: list[Routing] = []
+    driven: list[tuple[int, Experts, Routing]] = []
 
     def keep(module: nn.Module, args: object, routing: Routing) -> None:
         routings.append(routing)
 
-    handles = [
-        router.register_forward_hook(keep)
-        for layer in moe_layers(model)
-        for router in layer.routers()
-    ]
+    def drive(experts: Experts, args: tuple[Any, ...], out_TD: Tensor) -> None:
+        # Without a routing all of them ran, as one network.
+        if len(args) > 1 and args[1] is not None:
+            driven.append((len(routings) - 1, experts, args[1]))
+
+    handles = []
+    for layer in moe_layers(model):
+        handles += [router.register_forward_hook(keep) for router in layer.routers()]
+        # Also those inside of others, where experts differ in kind.
+        found = [module for module in layer.modules() if isinstance(module, Experts)]
+        handles += [experts.register_forward_hook(drive) for experts in found]
     try:
         yield routings
+        # Not in the pass: a layer that is recomputed runs without hooks, and has to do the same.
+        for index, experts, routing in driven:
+            routings[index] = routings[index].charge(experts.aux_losses(routing))
     finally:
         for handle in handles:
             handle.remove()

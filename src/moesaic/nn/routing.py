@@ -29,7 +29,8 @@ class Routing:
         scores_TE: What the router scored before deciding, raw. Null and free experts add
             columns after E, as noise does in training.
         num_experts: E.
-        aux: Scalar losses that only the router itself can compute, by name.
+        aux: Scalar losses that only the router itself can compute, by name; where a routing is
+            recorded, those of the experts that it drove, too.
         free_weights_TZ: Weights of the experts without neurons that stand beside the E, [T, Z],
             zero where not chosen; they take no slot. None where the router has none.
         memory_TM: What a router with a memory hands to that of the next layer, [T, M].
@@ -51,6 +52,13 @@ class Routing:
         """Whether a token uses an expert, [T, E] bool."""
         on_TK = (self.ids_TK < self.num_experts) & (self.weights_TK != 0)
         return spread(self.ids_TK, on_TK.to(torch.int64), self.num_experts) > 0
+
+    def charge(self, losses: Mapping[str, Tensor]) -> Routing:
+        """The same with more scalar losses; those of one name add up."""
+        aux = dict(self.aux)
+        for name, loss in losses.items():
+            aux[name] = aux[name] + loss if name in aux else loss
+        return replace(self, aux=aux)
 
     def split(self, num_parts: int) -> list[Routing]:
         """The same slots for equal parts of the experts; each finds those of the others empty.

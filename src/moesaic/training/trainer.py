@@ -29,6 +29,7 @@ from moesaic._files import atomic_write
 from moesaic._progress import Stage
 from moesaic.data.blocks import TokenBlocks
 from moesaic.models.ffn import dense_ffn_width
+from moesaic.nn.groups import parameter_groups
 from moesaic.nn.layer import moe_layers, record_routing
 from moesaic.nn.shape import layer_shapes
 from moesaic.training.budget import BudgetControl, active_fraction
@@ -92,26 +93,14 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with a rate of its own for routers."""
+        """AdamW with rates of their own for routers and what parts want faster."""
         if self.optimizer is None:
-            routers: list[Tensor] = []
-            rest: list[Tensor] = []
             assert self.model is not None
-            of_routers = {
-                parameter
-                for layer in moe_layers(self.core)
-                for router in layer.routers()
-                for parameter in router.parameters()
-            }
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    (routers if parameter in of_routers else rest).append(parameter)
-            groups = [
-                {"params": routers, "lr": self.settings.router_learning_rate},
-                {"params": rest, "lr": self.settings.learning_rate},
-            ]
+            groups = parameter_groups(
+                self.model, self.settings.learning_rate, self.settings.router_learning_rate
+            )
             self.optimizer = torch.optim.AdamW(
-                [group for group in groups if group["params"]],
+                groups,
                 betas=(0.9, 0.95),
                 weight_decay=0.0,
                 fused=True,

@@ -408,6 +408,53 @@ SYSTEMS = (
             "Makes experts soft masks over one weight block and cuts links whose gradients "
             "conflict."
         ),
+        status="works",
+        uses=("experts:subspace", "router:task-top-k"),
+        check="tests/nn/test_subspace.py",
+        evidence="evidence/cdsp_moe.json",
+        use_when=(
+            "Several tasks share one model, it is known in training which is which, and it should "
+            "be seen in weights who shares with whom. Not where tasks look alike and only their "
+            "labels differ: blind, no router tells them apart."
+        ),
+        cost=(
+            "sqrt(E) times fewer weights than separate experts of the same width, at the same work "
+            "for a token, and a gather of all experts' rows in each pass. A training step compares "
+            "every two experts: E x B x D numbers for a while, for a backbone of B dimensions."
+        ),
+        traps=(
+            "At the paper's weight of conflicts nearly all links fall, those of experts that "
+            "co-operate too; what is left is a small difference. Lower it to keep sharing.",
+            "An expert is wider than its own block, so it borrows about sqrt(E) - 1 others even "
+            "where no link is left: pruning decides whose, and not whether.",
+            "A conflict over a third expert's block lowers the link between the two, and not "
+            "theirs to that block.",
+            "Conflicts are those of the step before. They are in no checkpoint and forgotten at "
+            "evaluation, at loading and after skipped steps: the next step then has none.",
+            "A training loop of your own has to call `end_step`, or there is never a conflict, and "
+            "has to take `parameter_groups`, or links move ten times too slowly and decay.",
+            "With raw links and a cut-off, as in the released code, no link falls below one half.",
+        ),
+        example=(
+            "import torch",
+            "from moesaic import LayerConfig, MoELayer",
+            "from moesaic.nn.groups import parameter_groups",
+            "from moesaic.nn.layer import end_step, pass_state, record_routing",
+            "",
+            "config = LayerConfig(",
+            '    num_experts=8, width=90, experts="subspace",',
+            '    router="task-top-k", router_options={"num_tasks": 3},',
+            ")",
+            "layer = MoELayer(64, config)",
+            "optimizer = torch.optim.AdamW(parameter_groups(layer, 5e-3), weight_decay=0.01)",
+            "tasks = torch.tensor([0, 2])  # of two sequences",
+            "with pass_state(layer, tasks=tasks), record_routing(layer) as routings:",
+            "    out = layer(torch.randn(2, 5, 64))",
+            "loss = out.square().mean() + sum(routings[0].aux.values())",
+            "loss.backward()",
+            "optimizer.step()",
+            "end_step(layer)",
+        ),
     ),
     System(
         id="mos",

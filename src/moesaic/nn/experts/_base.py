@@ -5,14 +5,16 @@ Shapes: T tokens, E experts, F width of one expert, D model width.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moesaic._errors import InputError
+from moesaic.nn.part import Part
 from moesaic.nn.routers._base import RouterState
 from moesaic.nn.routing import Routing
 from moesaic.ops.masked import experts_masked
@@ -42,7 +44,7 @@ class ExpertsConfig:
         activation(self.activation)
 
 
-class Experts(nn.Module, ABC):
+class Experts(Part, ABC):
     """E experts of equal width, feed-forward networks as a rule.
 
     Attributes:
@@ -70,10 +72,6 @@ class Experts(nn.Module, ABC):
             "change; use gated or plain experts for that"
         )
 
-    @abstractmethod
-    def reset_parameters(self) -> None:
-        """Draw fresh weights."""
-
     def forward(
         self, h_TD: Tensor, routing: Routing | None = None, state: RouterState | None = None
     ) -> Tensor:
@@ -94,8 +92,16 @@ class Experts(nn.Module, ABC):
         weights = self.weights()
         return experts_masked(weights.cut_inputs(h_TD), None, weights)
 
+    def aux_losses(self, routing: Routing) -> Mapping[str, Tensor]:
+        """Scalar losses that only the experts can compute, by name; most have none.
+
+        Args:
+            routing: With which they ran, over their own experts.
+        """
+        return {}
+
     def own_weights(self) -> int:
-        """Weights of the matrices of one expert that no other has."""
+        """Weights that one expert multiplies, those of `common_weights` left out."""
         weights = self.weights()
         return weights.up[0].numel() + weights.down[0].numel()
 
@@ -111,6 +117,10 @@ class Experts(nn.Module, ABC):
         """
         weights = self.weights()
         return (3 if weights.gated else 2) * weights.down.shape[1]
+
+    def unused_weights(self, num_off: float) -> float:
+        """Weights of the matrices that a token does not use when so many experts are off."""
+        return num_off * self.own_weights()
 
     def used_share(self) -> float | None:
         """Share of the matrices' weights that every token uses when all experts are on.

@@ -84,6 +84,16 @@ class MixedExperts(Experts):
             used, total = used + share * size, total + size
         return used / total
 
+    def end_step(self) -> None:
+        """Tell every part."""
+        for part in self._each():
+            part.end_step()
+
+    def forget_step(self) -> None:
+        """Tell every part."""
+        for part in self._each():
+            part.forget_step()
+
     def _each(self) -> list[Experts]:
         return [part for part in self.parts if isinstance(part, Experts)]
 

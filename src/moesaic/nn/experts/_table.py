@@ -1,6 +1,8 @@
 """The experts, by name.
 
-Abilities: `factors`, what `weights` gives is computed from parameters of other shapes.
+Abilities: `factors`, what `weights` gives is computed from parameters of other shapes;
+`orthogonal`, fresh matrices are orthogonal and not small; `step-losses`, its losses come from the
+step before.
 """
 
 from __future__ import annotations
@@ -41,6 +43,14 @@ EXPERTS = MethodTable(
             summary="down(act(up h)): GPT-2, OPT, GPT-NeoX",
             paper="Transformer, arXiv 1706.03762, section 3.3",
             abilities=frozenset({"feed-forward"}),
+        ),
+        MethodInfo(
+            name="subspace",
+            target="moesaic.nn.experts.subspace:SubspaceExperts",
+            config="moesaic.nn.experts.subspace:SubspaceExpertsConfig",
+            summary="Parts of one backbone; gradients in conflict cut who borrows whose part",
+            paper="CDSP-MoE, arXiv 2512.20291",
+            abilities=frozenset({"factors", "feed-forward", "orthogonal", "step-losses"}),
         ),
         MethodInfo(
             name="thresholded-gated",

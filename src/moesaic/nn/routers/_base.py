@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moesaic._errors import InputError
 from moesaic.nn.free import FreeKind
+from moesaic.nn.part import Part
 from moesaic.nn.routing import Routing
 from moesaic.nn.schedules._base import StepClock
 from moesaic.nn.sequences import Sequences
@@ -31,15 +32,18 @@ class RouterState:
         tokens_T: Ids of the tokens, [T] int64, or none where they are not known.
         sequences: The sequence behind each token, for experts that read one.
         num_sequences: B, which the tokens are equal parts of, in turn; none where nobody knows.
+        tasks_B: Task of each sequence, or of each token, [B] or [T] int64, -1 where it is not
+            known; none where no task is.
     """
 
     previous: Routing | None = None
     tokens_T: Tensor | None = None
     sequences: Sequences | None = None
     num_sequences: int | None = None
+    tasks_B: Tensor | None = None
 
 
-class Router(nn.Module, ABC):
+class Router(Part, ABC):
     """Decides which experts each token uses.
 
     Attributes:
@@ -49,6 +53,7 @@ class Router(nn.Module, ABC):
         reads_sequences: Whether a token's experts depend on the sequence that it is of; its state
             says how many there are.
         needs_tokens: Whether it needs the ids of the tokens, in its state.
+        reads_tasks: Whether it reads the tasks in its state, which may be missing.
         training_only: Names of parameters that take no part in evaluation.
         score_gate: What makes gates of its scores, where its weights may not tell.
         moving: Names of plain attributes that its `choice` reads and that may be set at any time.
@@ -59,6 +64,7 @@ class Router(nn.Module, ABC):
     needs_previous: bool = False
     reads_sequences: bool = False
     needs_tokens: bool = False
+    reads_tasks: bool = False
     training_only: frozenset[str] = frozenset()
     score_gate: Literal["softmax", "sigmoid"] | None = None
     moving: tuple[str, ...] = ()
@@ -67,21 +73,11 @@ class Router(nn.Module, ABC):
     def forward(self, h_TD: Tensor, state: RouterState | None = None) -> Routing:
         """Route the tokens of h_TD."""
 
-    @abstractmethod
-    def reset_parameters(self) -> None:
-        """Draw fresh weights."""
-
     def link(self, routers: Sequence[Router]) -> None:
         """Take hold of what it shares with the routers of other layers; most share nothing.
 
         Args:
             routers: Of all layers, first to last, this one among them.
-        """
-
-    def end_step(self) -> None:
-        """Act on the optimiser step that just ended; most routers do nothing.
-
-        Some move a bias by its loads; those with a schedule count it on their `StepClock`.
         """
 
     def choice(self) -> Choice | None:

@@ -5,17 +5,13 @@ Shapes: T tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from moesaic.nn._passes import PassCount
 from moesaic.nn._processes import sum_over_processes
-
-_LOGGER = logging.getLogger(__name__)
-# Passes that nobody accumulates into one step; who never ends a step hears of it once.
-_MANY_PASSES = 1000
 
 
 class StepLoads:
@@ -31,7 +27,7 @@ class StepLoads:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
         self._counts_E: Tensor | None = None
-        self._passes = 0
+        self._passes = PassCount("loads", "to move a router's bias")
 
     def watch(self, ids_TK: Tensor, scores_TE: Tensor) -> None:
         """Count these choices once the gradient of their scores is known."""
@@ -41,13 +37,7 @@ class StepLoads:
     def _count(self, ids_TK: Tensor, gradient_TE: Tensor) -> None:
         counts_E = torch.bincount(ids_TK.flatten(), minlength=self.num_experts)
         self._counts_E = counts_E if self._counts_E is None else self._counts_E + counts_E
-        self._passes += 1
-        if self._passes == _MANY_PASSES:
-            _LOGGER.warning(
-                "the loads of %d passes wait to move a router's bias; call "
-                "moesaic.nn.layer.end_step(model) after optimizer.step()",
-                _MANY_PASSES,
-            )
+        self._passes.add()
 
     def take(self) -> Tensor | None:
         """Give the counts of the step over all processes and begin the next one.
@@ -55,5 +45,11 @@ class StepLoads:
         Returns:
             [E] int64; none where no pass was counted.
         """
-        counts_E, self._counts_E, self._passes = self._counts_E, None, 0
+        counts_E = self._counts_E
+        self.drop()
         return None if counts_E is None else sum_over_processes(counts_E)
+
+    def drop(self) -> None:
+        """Begin the next step without the counts of this one."""
+        self._counts_E = None
+        self._passes.reset()

@@ -176,6 +176,14 @@ ROUTERS = MethodTable(
             abilities=frozenset({"softmax", "top-k"}),
         ),
         MethodInfo(
+            name="task-top-k",
+            target="moesaic.nn.routers.task_top_k:TaskTopK",
+            config="moesaic.nn.routers.task_top_k:TaskTopKConfig",
+            summary="Top-k by the token and its task, which may be missing and is hidden at times",
+            paper="CDSP-MoE, arXiv 2512.20291",
+            abilities=frozenset({"softmax", "top-k", "reads-tasks"}),
+        ),
+        MethodInfo(
             name="token-rounding",
             target="moesaic.nn.routers.token_rounding:TokenRounding",
             config="moesaic.nn.routers.token_rounding:TokenRoundingConfig",

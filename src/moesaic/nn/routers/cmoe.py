@@ -105,6 +105,10 @@ class CMoERouter(Router):
         if load_E is not None:
             self.balance += (load_E.double().mean() - load_E).sign().long()
 
+    def forget_step(self) -> None:
+        """Drop the loads of a step that was skipped."""
+        self.loads.drop()
+
     def extra_repr(self) -> str:
         """Sizes and settings, for printing."""
         return (

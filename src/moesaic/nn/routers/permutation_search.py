@@ -88,6 +88,7 @@ class PermutationSearch(Router):
         self.num_experts = num_experts
         self.config = config
         self.needs_previous = self.inner.needs_previous
+        self.reads_tasks = self.inner.reads_tasks
         self.training_only = frozenset(
             {"logits", *(f"inner.{n}" for n in self.inner.training_only)}
         )
@@ -163,6 +164,10 @@ class PermutationSearch(Router):
         if self.clock.step() < self.config.search_steps:
             self.expert_of.copy_(torch.tensor(best_assignment(self.logits)))
         self.clock.end_step()
+
+    def forget_step(self) -> None:
+        """Tell the other router."""
+        self.inner.forget_step()
 
     def extra_repr(self) -> str:
         """Sizes and settings, for printing."""

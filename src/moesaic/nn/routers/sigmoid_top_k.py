@@ -169,6 +169,10 @@ class SigmoidTopK(Router):
             self.choice_bias = self.choice_bias.to(dtype)
         self.choice_bias += (self.config.bias_step * below_E).to(dtype)
 
+    def forget_step(self) -> None:
+        """Drop the loads of a step that was skipped."""
+        self.loads.drop()
+
     def extra_repr(self) -> str:
         """Sizes and settings, for printing."""
         return (
