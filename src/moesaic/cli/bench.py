@@ -80,6 +80,13 @@ _KINDS = {
         "runtimes_cost",
         "dense and DSMoE in transformers, moesaic, vLLM and llama.cpp: perplexity and speed",
     ),
+    "serve": _Kind(
+        "serve.bench",
+        "ServeBenchConfig",
+        "bench_serve",
+        "serve_bench_cost",
+        "moesaic serve and vllm serve over HTTP beside our engine in process",
+    ),
 }
 
 
@@ -249,6 +256,37 @@ def _runtimes_table(cell: dict[str, Any]) -> Table:
     return table
 
 
+def _serve_table(cell: dict[str, Any]) -> Table:
+    table = Table(
+        *("way", "requests", "tokens/s", "of the engine", "first token ms, p50", "p95"),
+        "texts as the engine",
+        title=(
+            f"{cell['model']} {cell['weights']}, prompts of {cell['prompt_tokens']} tokens, "
+            f"answers of {cell['tokens']}"
+        ),
+        caption="\n".join(
+            f"{row['way']}: {row['skipped']}" for row in cell["rows"] if "skipped" in row
+        ),
+        box=None,
+        title_justify="left",
+        caption_justify="left",
+    )
+    for row in cell["rows"]:
+        if "skipped" in row:
+            continue
+        for count, found in row["requests"].items():
+            table.add_row(
+                row["way"],
+                count,
+                f"{found['tokens_per_s']:.3g}",
+                f"{found['of_engine']:.0%}",
+                f"{1e3 * found['first_p50_s']:.3g}",
+                f"{1e3 * found['first_p95_s']:.3g}",
+                f"{row['same_as_engine']:.0%}",
+            )
+    return table
+
+
 def _times(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["method"] + ("" if row.get("interleaved", True) else " *"),
@@ -277,4 +315,5 @@ _TABLES = {
     "bench train": _training_table,
     "bench gguf": _file_table,
     "bench runtimes": _runtimes_table,
+    "bench serve": _serve_table,
 }
