@@ -72,11 +72,12 @@ def test_an_address_in_use_and_a_model_that_is_not_there_are_said(mosaic, capsys
 
 
 def test_text_is_sent_as_soon_as_it_is_there():
-    with open_socket(ServeConfig(port=0)) as listener:
-        with socket.create_connection(listener.getsockname()) as client:
-            connection, _ = listener.accept()
-            with connection:
-                assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+    with (
+        open_socket(ServeConfig(port=0)) as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as connection,
+    ):
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
 
 
 def test_without_the_extra_it_names_the_extra(mosaic, capsys, monkeypatch):

@@ -32,18 +32,31 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_tokens_are_the_same_and_as_likely(name, tmp_path):
-    model_type, layers, options = CASES[name]
-    model = mosaic(model_type, *layers, **options)
-    save(model, tmp_path / "mosaic", new_manifest("none", model))
+def check(model, directory, **options):
+    """vLLM writes what our batches write, with the same log-probabilities."""
+    save(model, directory, new_manifest("none", model))
     prompts = random_ids(6, 9).tolist()
     tokens, logprobs = ours(model, prompts)
-    with VllmProcess(tmp_path / "mosaic", dtype="float32", length=64) as vllm:
+    with VllmProcess(directory, dtype="float32", length=64, **options) as vllm:
         found = vllm.write(prompts, NEW_TOKENS, logprobs=True)
     assert [text.tokens for text in found] == tokens
     got = torch.tensor([text.logprobs for text in found])
     torch.testing.assert_close(got, torch.tensor(logprobs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_are_the_same_and_as_likely(name, tmp_path):
+    model_type, layers, options = CASES[name]
+    check(mosaic(model_type, *layers, **options), tmp_path / "mosaic")
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor", "expert"])
+def test_two_processes_write_the_same(expert_parallel, tmp_path):
+    mixed = {"shared_width": 64, "num_experts": 2, "bypass_rank": 4, "output_bias": True}
+    alone = {"num_experts": 0, "router": "", "shared_width": 128}
+    model = mosaic("llama", GATES, {**mixed, "router_options": ONES}, alone)
+    parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": expert_parallel}
+    check(model, tmp_path / "mosaic", **parallel)
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_reason(tmp_path):

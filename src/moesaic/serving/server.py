@@ -28,8 +28,8 @@ def open_socket(config: ServeConfig) -> socket.socket:
             f"{config.host}:{config.port} cannot be listened on ({error.strerror}); choose another "
             "host or port"
         ) from error
-    # Connections inherit it. Without, the first text of a stream waits for the client to acknowledge
-    # the head of the answer, which takes it 40 ms.
+    # Connections inherit it. Without it the first text of a stream waits until the client has
+    # acknowledged the head of the answer, which takes 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
