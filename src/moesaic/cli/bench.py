@@ -21,13 +21,14 @@ from moesaic.cli._progress import TerminalProgress
 
 
 class _Kind(NamedTuple):
-    """A benchmark: module, names of its settings and functions, and what it measures."""
+    """A benchmark: module, names of its settings and functions, what it measures, and its extra."""
 
     module: str
     config: str
     measure: str
     cost: str
     summary: str
+    extra: str = ""
 
 
 _KINDS = {
@@ -86,6 +87,7 @@ _KINDS = {
         "bench_serve",
         "serve_bench_cost",
         "moesaic serve and vllm serve over HTTP beside our engine in process",
+        extra="serve",
     ),
 }
 
@@ -114,7 +116,14 @@ def run(argv: Sequence[str]) -> int:
     if name not in _KINDS:
         raise UnknownNameError(unknown_name("benchmark", name, _KINDS))
     kind = _KINDS[name]
-    module = importlib.import_module(f"moesaic.evaluation.bench.{kind.module}")
+    try:
+        module = importlib.import_module(f"moesaic.evaluation.bench.{kind.module}")
+    except ImportError as error:
+        if not kind.extra:
+            raise
+        raise ImportError(
+            f"moesaic bench {name} needs {error.name}; pip install 'moesaic[{kind.extra}]'"
+        ) from error
     options: Any = parse(_with_settings(getattr(module, kind.config)), rest, f"bench {name}")
     if options.out is not None and options.out.is_dir():
         raise InputError(f"out {options.out} is a directory; name a file")

@@ -1,6 +1,7 @@
 """A server beside its engine: the same texts or no speed, ratios, refusals, the whole command."""
 
 import json
+import sys
 
 import pytest
 from model_cases import Case, converted
@@ -184,7 +185,16 @@ def test_vllm_is_beside_it(mosaic, tmp_path):
     assert rows[VLLM]["requests"]["3"]["tokens_per_s"] > 0
 
 
-@needs_engine
+def test_without_the_extra_it_names_the_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.delitem(sys.modules, "moesaic.evaluation.bench.serve.ways")
+    monkeypatch.delitem(sys.modules, "moesaic.evaluation.bench.serve.bench")
+    assert main(["bench", "serve"]) == 1
+    assert "moesaic bench serve needs openai; pip install 'moesaic[serve]'" in (
+        capsys.readouterr().err
+    )
+
+
 def test_dry_run(mosaic, capsys):
     assert main(["bench", "serve", "--models", str(mosaic), "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cells"] == 1

@@ -29,6 +29,7 @@ from moesaic.evaluation.bench.servers import running
 from moesaic.evaluation.bench.timing import Timing, measure
 from moesaic.inference.decoder import Decoder
 from moesaic.models.checkpoint import load_any, load_tokenizer, read_config
+from moesaic.serving.model import name_of
 from moesaic.serving.prompts import stop_ids
 from moesaic.serving.vllm import process as vllm
 
@@ -148,7 +149,7 @@ def _cell(source: str, config: ServeBenchConfig, progress: Progress) -> dict[str
         rows = rows_of(ways, prompts, config)
     rows += [{"way": way, "skipped": why} for way, why in skipped.items()]
     return {
-        "model": Path(source.removeprefix("package:")).name,
+        "model": name_of(source),
         "weights": config.weights,
         "requests": config.requests,
         "prompt_tokens": config.prompt_tokens,
@@ -188,7 +189,8 @@ def _our_server(
     def command(port: int) -> list[str]:
         start = [sys.executable, "-m", "moesaic.cli.main", "serve", str(directory)]
         start += ["--port", str(port), "--name", _NAME, "--weights", config.weights]
-        return [*start, "--length", str(config.length), "--slots", str(config.requests)]
+        start += ["--length", str(config.length), "--slots", str(config.requests)]
+        return [*start, "--max-tokens", str(config.tokens)]
 
     # No key of the environment's: it would have to be sent.
     own = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MOESAIC_API_KEY": ""}
