@@ -12,13 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
-
 from moesaic._errors import RunError
-from moesaic.serving.vllm.process import last_words
-
-# A server that was told to end and has nothing to do.
-_GRACE_S = 60
+from moesaic.serving.vllm.process import end, last_words
 
 
 class Server(NamedTuple):
@@ -68,22 +63,6 @@ def running(
         yield Server(address, process)
     finally:
         end(process)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a server and every process that it started."""
-    family = []
-    if process.poll() is None:
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-    try:
-        process.wait(_GRACE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    _, left = psutil.wait_procs(family, timeout=_GRACE_S if family else 0)
-    for each in left:
-        each.kill()
 
 
 def _wait(process: subprocess.Popen[bytes], address: str, log: Path, name: str) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import psutil
+
 from moesaic._errors import RunError
 
 # Environment variable with the path of its Python; else the one that `make vllm-env` makes here.
@@ -28,6 +30,8 @@ _ON_CPU = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+# For a program that was told to end, and then for those that it started.
+_GRACE_S = 30
 
 
 class Written(NamedTuple):
@@ -62,6 +66,22 @@ def last_words(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()] or ["nothing"]
     errors = [line for line in lines if re.search(r"error[:,] ", line, re.IGNORECASE)]
     return (errors or lines)[-1]
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """End a process and every process that it started."""
+    family = []
+    if process.poll() is None:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+    try:
+        process.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    _, left = psutil.wait_procs(family, timeout=_GRACE_S)
+    for each in left:
+        each.kill()
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -173,8 +193,7 @@ class VllmProcess:
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
-        self._process.terminate()
-        self._process.wait()
+        end(self._process)
         self._process.stdin.close()
         self._answers.close()
         self._log.close()
