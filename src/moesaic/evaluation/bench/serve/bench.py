@@ -58,7 +58,7 @@ class ServeBenchConfig:
     requests: int = 8
     prompt_tokens: int = 16
     tokens: int = 64
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(sources=("builtin:docs",)))
     threads: int = 0
     seconds: float = 120.0
 
