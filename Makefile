@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test quick slow lint types contracts sizes docs check clean vllm-env
+.PHONY: demo test quick slow lint types contracts sizes docs check clean vllm-env vllm-test
 
 demo: $(VENV)/.demo
 	$(BIN)/moesaic run examples/demo.yaml
@@ -15,7 +15,7 @@ quick: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2
 
 slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not vllm"
 
 check: lint types contracts sizes docs
 
@@ -54,10 +54,15 @@ $(VENV)/.dev: $(VENV)/.demo
 vllm-env: $(VENV)-vllm/.ready
 
 $(VENV)-vllm/.ready: requirements-vllm.txt pyproject.toml
-	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
+	$(PYTHON) -m venv --clear $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --retries 10 --requirement requirements-vllm.txt
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	$(VENV)-vllm/bin/python tools/name_vllm.py
 	touch $@
+
+# Naming the environment makes its absence a failure, where it is otherwise a reason to skip.
+vllm-test: $(VENV)/.dev $(VENV)-vllm/.ready
+	MOESAIC_VLLM_PYTHON=$(VENV)-vllm/bin/python $(BIN)/python -m pytest -m vllm
 
 clean:
 	rm -rf $(VENV) $(VENV)-vllm runs site

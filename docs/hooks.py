@@ -4,7 +4,8 @@ A page asks for them with a comment on a line of its own:
 `<!-- methods: router -->` lists one family and documents each method from its source;
 `<!-- systems -->` lists the published systems, `<!-- architectures -->` the decoders that can be
 converted, `<!-- commands -->` the commands, `<!-- speeds -->` the committed speeds of networks and
-`<!-- runtimes -->` those of one model in several runtimes, `<!-- gguf -->` those of GGUF files;
+`<!-- runtimes -->` those of one model in several runtimes, `<!-- gguf -->` those of GGUF files,
+`<!-- serving -->` those of servers;
 `<!-- comparison -->` the committed comparison of methods and `<!-- leaderboard -->` that of
 architectures; `<!-- evidence -->` shows the committed results of working systems and
 `<!-- dsmoe -->` the tables of the one for DSMoE; `<!-- choices -->` says of each working system
@@ -28,8 +29,8 @@ from moesaic import catalog
 
 _METHODS = re.compile(r"^<!-- methods: ([a-z-]+) -->$", re.MULTILINE)
 _LIST = re.compile(
-    r"^<!-- (systems|architectures|commands|speeds|runtimes|gguf|comparison|leaderboard|evidence"
-    r"|dsmoe|choices) -->$",
+    r"^<!-- (systems|architectures|commands|speeds|runtimes|gguf|serving|comparison|leaderboard"
+    r"|evidence|dsmoe|choices) -->$",
     re.MULTILINE,
 )
 # How far from the physical limit a network may be at most, by tokens in a call, at the shapes whose
@@ -73,6 +74,7 @@ def render(markdown: str) -> str:
         "speeds": _speeds,
         "runtimes": _runtimes,
         "gguf": _gguf,
+        "serving": _serving,
         "comparison": lambda: _report("quality"),
         "leaderboard": lambda: _report("architectures"),
         "evidence": _evidence,
@@ -255,6 +257,39 @@ def _gguf() -> str:
             f"{dense['tokens_per_s']:.1f} | {ours['tokens_per_s']:.1f} | "
             f"{ours['faster_than_dense']:.2f} |"
         )
+    return "\n".join(lines)
+
+
+def _serving() -> str:
+    """Tabulate the committed results of `moesaic bench serve`."""
+    paths = sorted((_PACKAGE.parents[1] / "bench" / "results").glob("serve-*.json"))
+    return "\n\n".join(
+        serving_table(path.name, json.loads(path.read_text("utf-8"))) for path in paths
+    )
+
+
+def serving_table(name: str, result: dict[str, Any]) -> str:
+    """Tabulate a result of `moesaic bench serve`."""
+    machine, cells = result["machine"], result["cells"]
+    lines = [
+        f"`{name}`: {machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}, "
+        f"{cells[0]['weights']}, prompts of {cells[0]['prompt_tokens']} tokens, answers of "
+        f"{cells[0]['tokens']}, commit {result['commit']}.",
+        "",
+        "| model | asked | requests | tokens/s | of the engine | first token ms, p50 | p95 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        for row in cell["rows"]:
+            if "skipped" in row:
+                lines.append(f"| {cell['model']} | {row['way']} | | {row['skipped']} | | | |")
+                continue
+            for count, found in row["requests"].items():
+                lines.append(
+                    f"| {cell['model']} | {row['way']} | {count} | {found['tokens_per_s']:.1f} | "
+                    f"{found['of_engine']:.0%} | {1e3 * found['first_p50_s']:.0f} | "
+                    f"{1e3 * found['first_p95_s']:.0f} |"
+                )
     return "\n".join(lines)
 
 

@@ -35,6 +35,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs vLLM where it is absent, unless the environment says where it must be."""
+    if item.get_closest_marker("vllm") is None:
+        return
+    from moesaic.serving.vllm.process import VARIABLE, why_not
+
+    if why := why_not():
+        say = pytest.fail if os.environ.get(VARIABLE) else pytest.skip
+        say(f"vLLM is {why}")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
     # On tensors this small, threads wait for each other.

@@ -40,6 +40,19 @@ def test_the_page_shows_it():
         assert f"| {runtime} | {model} |" in page
 
 
+def test_servers_give_the_texts_of_the_engine():
+    for path in sorted((ROOT / "bench" / "results").glob("serve-*.json")):
+        result = json.loads(path.read_text())
+        assert "-dirty" not in result["commit"]
+        page = hooks.render("<!-- serving -->")
+        for cell in result["cells"]:
+            rows = {row["way"]: row for row in cell["rows"]}
+            assert set(rows) == {"moesaic in process", "moesaic serve", "vllm serve"}
+            for way, row in rows.items():
+                assert f"| {cell['model']} | {way} | 1 |" in page
+                assert row["same_as_engine"] == 1.0 or way == "vllm serve"
+
+
 def test_llama_cpp_is_faster_with_the_mosaic():
     result = json.loads((ROOT / "bench" / "results" / "gguf-llama-1.1b.json").read_text())
     assert "-dirty" not in result["commit"]

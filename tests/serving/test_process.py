@@ -10,6 +10,8 @@ import openai
 import pytest
 
 from moesaic.cli.main import main
+from moesaic.serving.config import ServeConfig
+from moesaic.serving.server import open_socket
 
 
 @pytest.mark.slow
@@ -67,6 +69,15 @@ def test_an_address_in_use_and_a_model_that_is_not_there_are_said(mosaic, capsys
         assert f"127.0.0.1:{port} cannot be listened on" in text
     text = refused(capsys, "/nowhere/model", "--port", "0")
     assert "model directory /nowhere/model does not exist" in text
+
+
+def test_text_is_sent_as_soon_as_it_is_there():
+    with (
+        open_socket(ServeConfig(port=0)) as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as connection,
+    ):
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
 
 
 def test_without_the_extra_it_names_the_extra(mosaic, capsys, monkeypatch):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moesaic.nn.layer import LayerConfig
 from moesaic.serving.vllm.obstacles import make_router
-from moesaic.serving.vllm.slots import num_slots, slots_of
+from moesaic.serving.vllm.slots import SlotRouting, num_slots, slots_of
 
 
 def test_unused_slots_hold_other_blocks_at_weight_zero():
@@ -33,6 +33,21 @@ def test_slots_are_distinct_and_keep_every_weight(tokens, experts, on, seed):
         assert all(len(set(row)) == slots for row in ids_TK.tolist())
         back_TE = torch.zeros_like(weights_TE).scatter(1, ids_TK, weights_TK)
         assert torch.equal(back_TE, weights_TE)
+
+
+def test_processes_share_the_slots_of_a_token():
+    weights_TE = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 7.0, 0.0, 0.0, 6.0]])
+    first, second = SlotRouting(), SlotRouting()
+    first.hold(torch.tensor([1, 0, -1, -1, 2], dtype=torch.int32))
+    second.hold(torch.tensor([-1, -1, 0, 1, -1], dtype=torch.int32))
+    h_TD = torch.zeros(2, 3)
+    weights_TK, ids_TK = first(h_TD, weights_TE, 5, False)
+    # In its order: blocks 1, 0 and 4.
+    assert weights_TK.tolist() == [[2.0, 1.0, 5.0], [7.0, 0.0, 6.0]]
+    assert ids_TK.tolist() == [[0, 1, 2], [0, 1, 2]]
+    weights_TK, ids_TK = second(h_TD, weights_TE, 1, False)
+    assert weights_TK.tolist() == [[4.0], [0.0]]
+    assert ids_TK[0].tolist() == [1]
 
 
 ROUTERS = [

@@ -21,13 +21,14 @@ from moesaic.cli._progress import TerminalProgress
 
 
 class _Kind(NamedTuple):
-    """A benchmark: module, names of its settings and functions, and what it measures."""
+    """A benchmark: module, names of its settings and functions, what it measures, and its extra."""
 
     module: str
     config: str
     measure: str
     cost: str
     summary: str
+    extra: str = ""
 
 
 _KINDS = {
@@ -80,6 +81,14 @@ _KINDS = {
         "runtimes_cost",
         "dense and DSMoE in transformers, moesaic, vLLM and llama.cpp: perplexity and speed",
     ),
+    "serve": _Kind(
+        "serve.bench",
+        "ServeBenchConfig",
+        "bench_serve",
+        "serve_bench_cost",
+        "moesaic serve and vllm serve over HTTP beside our engine in process",
+        extra="serve",
+    ),
 }
 
 
@@ -107,7 +116,14 @@ def run(argv: Sequence[str]) -> int:
     if name not in _KINDS:
         raise UnknownNameError(unknown_name("benchmark", name, _KINDS))
     kind = _KINDS[name]
-    module = importlib.import_module(f"moesaic.evaluation.bench.{kind.module}")
+    try:
+        module = importlib.import_module(f"moesaic.evaluation.bench.{kind.module}")
+    except ImportError as error:
+        if not kind.extra:
+            raise
+        raise ImportError(
+            f"moesaic bench {name} needs {error.name}; pip install 'moesaic[{kind.extra}]'"
+        ) from error
     options: Any = parse(_with_settings(getattr(module, kind.config)), rest, f"bench {name}")
     if options.out is not None and options.out.is_dir():
         raise InputError(f"out {options.out} is a directory; name a file")
@@ -249,6 +265,37 @@ def _runtimes_table(cell: dict[str, Any]) -> Table:
     return table
 
 
+def _serve_table(cell: dict[str, Any]) -> Table:
+    table = Table(
+        *("way", "requests", "tokens/s", "of the engine", "first token ms, p50", "p95"),
+        "texts as the engine",
+        title=(
+            f"{cell['model']} {cell['weights']}, prompts of {cell['prompt_tokens']} tokens, "
+            f"answers of {cell['tokens']}"
+        ),
+        caption="\n".join(
+            f"{row['way']}: {row['skipped']}" for row in cell["rows"] if "skipped" in row
+        ),
+        box=None,
+        title_justify="left",
+        caption_justify="left",
+    )
+    for row in cell["rows"]:
+        if "skipped" in row:
+            continue
+        for count, found in row["requests"].items():
+            table.add_row(
+                row["way"],
+                count,
+                f"{found['tokens_per_s']:.3g}",
+                f"{found['of_engine']:.0%}",
+                f"{1e3 * found['first_p50_s']:.3g}",
+                f"{1e3 * found['first_p95_s']:.3g}",
+                f"{row['same_as_engine']:.0%}",
+            )
+    return table
+
+
 def _times(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["method"] + ("" if row.get("interleaved", True) else " *"),
@@ -277,4 +324,5 @@ _TABLES = {
     "bench train": _training_table,
     "bench gguf": _file_table,
     "bench runtimes": _runtimes_table,
+    "bench serve": _serve_table,
 }

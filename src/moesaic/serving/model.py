@@ -53,7 +53,7 @@ class ServedModel:
         weight_format: Format | None = None,
     ) -> None:
         self.config = config
-        self.name = config.name or _name_of(source)
+        self.name = config.name or name_of(source)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(source)
         model = load_any(source)
         embeddings: Any = model.get_input_embeddings()
@@ -105,7 +105,7 @@ class ServedModel:
         return PlainDecoder(load_any(source), **sizes)
 
 
-def _name_of(source: str) -> str:
+def name_of(source: str) -> str:
     """What to call a model: the last part of where it is."""
     return Path(source.removeprefix("package:")).resolve().name
 

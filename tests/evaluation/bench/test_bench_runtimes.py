@@ -149,7 +149,7 @@ def test_what_is_not_installed_is_listed_with_the_reason(checkpoint, monkeypatch
 
 @needs_engine
 @pytest.mark.slow
-@pytest.mark.skipif(bool(process.why_not()), reason=f"vLLM is {process.why_not()}")
+@pytest.mark.vllm
 def test_vllm_is_one_of_them(checkpoint, monkeypatch):
     monkeypatch.setenv("LLAMA_BENCH", str(checkpoint / "no-llama"))
     rows = bench(checkpoint)

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from vllm.platforms import current_platform
 
 from moesaic.nn.bypass import Bypass
 from moesaic.nn.layer import LayerConfig
 from moesaic.nn.routers._base import Router
 from moesaic.serving.vllm.obstacles import make_router
-from moesaic.serving.vllm.slots import num_slots, route
+from moesaic.serving.vllm.slots import SlotRouting, num_slots
 
 
 class SharedNetwork(nn.Module):
@@ -106,6 +107,7 @@ class FusedMoELayer(nn.Module):
             )
         if config.num_experts:
             self.router = make_router(config, dim)
+            routing = SlotRouting()
             self.experts = FusedMoEFactory(
                 num_experts=config.num_experts,
                 top_k=num_slots(self.router, dim),
@@ -114,10 +116,13 @@ class FusedMoELayer(nn.Module):
                 renormalize=False,
                 quant_config=quant_config,
                 prefix=f"{prefix}.experts",
-                custom_routing_function=route,
+                custom_routing_function=routing,
                 router_logits_dtype=torch.float32,
                 shared_experts=self.shared,
             )
+            # vLLM's kernels for CPUs take every id for a place in their own process.
+            if current_platform.is_cpu() and self.experts.expert_map is not None:
+                routing.hold(self.experts.expert_map)
         self.bypass: Bypass | None = None
         if config.bypass_rank:
             self.bypass = Bypass(dim, config.bypass_rank).requires_grad_(False)

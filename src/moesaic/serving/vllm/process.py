@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import psutil
+
 from moesaic._errors import RunError
 
 # Environment variable with the path of its Python; else the one that `make vllm-env` makes here.
@@ -21,12 +23,15 @@ _ON_CPU = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     # It would bind its threads to cores of its choice, and keep one for itself.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # One process, and no compiler for the little that eager mode still compiles.
+    # One process, where it does not serve.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # No compiler for the little that eager mode still compiles.
     "TORCH_COMPILE_DISABLE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+# For a program that was told to end, and then for those that it started.
+_GRACE_S = 30
 
 
 class Written(NamedTuple):
@@ -54,6 +59,57 @@ def why_not() -> str:
     if os.access(find(), os.X_OK):
         return ""
     return f"not installed; `make vllm-env` in a checkout, or name its Python in {VARIABLE}"
+
+
+def last_words(log: str) -> str:
+    """Give the last error that the log of a program names, else its last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["nothing"]
+    errors = [line for line in lines if re.search(r"error[:,] ", line, re.IGNORECASE)]
+    return (errors or lines)[-1]
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """End a process and every process that it started."""
+    family = []
+    if process.poll() is None:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+    try:
+        process.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    _, left = psutil.wait_procs(family, timeout=_GRACE_S)
+    for each in left:
+        each.kill()
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Variables of vLLM on a CPU.
+
+    Args:
+        threads: Of its arithmetic.
+    """
+    return {**_ON_CPU, "OMP_NUM_THREADS": str(threads)}
+
+
+def serve_command(
+    model: Path, port: int, *, name: str, dtype: str, length: int, options: Sequence[str] = ()
+) -> list[str]:
+    """Give the command of `vllm serve` on loopback.
+
+    Args:
+        model: Directory of the model, its tokenizer beside it.
+        port: To listen on.
+        name: What clients call it.
+        dtype: Of its weights.
+        length: Positions of a sequence.
+        options: Further ones.
+    """
+    start = [str(find()), "-m", "vllm.entrypoints.cli.main", "serve", str(model.resolve())]
+    start += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
+    start += ["--dtype", dtype, "--max-model-len", str(length), "--enforce-eager"]
+    return [*start, *options]
 
 
 class VllmProcess:
@@ -84,7 +140,7 @@ class VllmProcess:
             stderr=self._log,
             text=True,
             pass_fds=[write],
-            env={**os.environ, **_ON_CPU, "OMP_NUM_THREADS": str(threads)},
+            env={**os.environ, **environment(threads)},
         )
         os.close(write)
         self._answers = os.fdopen(read)
@@ -130,18 +186,14 @@ class VllmProcess:
         return [Written(*each) for each in json.loads(line)]
 
     def _last_words(self) -> str:
-        """The last error that its log names, else its last line."""
         self._process.wait()
         self._log.seek(0)
-        lines = [line.strip() for line in self._log if line.strip()] or ["nothing"]
-        errors = [line for line in lines if re.search(r"error[:,] ", line, re.IGNORECASE)]
-        return (errors or lines)[-1]
+        return last_words(self._log.read())
 
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
-        self._process.terminate()
-        self._process.wait()
+        end(self._process)
         self._process.stdin.close()
         self._answers.close()
         self._log.close()

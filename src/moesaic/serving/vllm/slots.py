@@ -1,6 +1,6 @@
 """A fixed number of slots for tokens that use any number of blocks.
 
-Shapes: T tokens, D model width, E experts, K slots per token.
+Shapes: T tokens, D model width, E experts, M experts of a process, K slots per token.
 """
 
 from __future__ import annotations
@@ -29,11 +29,34 @@ def slots_of(weights_TE: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     return weights_TE.gather(1, ids_TK), ids_TK
 
 
-def route(
-    hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
-) -> tuple[Tensor, Tensor]:
-    """Do what vLLM asks of a routing function, under its names of arguments."""
-    return slots_of(gating_output, topk)
+class SlotRouting:
+    """What vLLM asks of a routing function.
+
+    Attributes:
+        mine_M: Blocks of which this process alone computes slots, in the order in which it holds
+            them, ids being places in that order; all blocks by their own ids if none.
+    """
+
+    def __init__(self) -> None:
+        self.mine_M: Tensor | None = None
+
+    def hold(self, place_E: Tensor) -> None:
+        """Compute the slots of some blocks alone.
+
+        Args:
+            place_E: Where this process holds each block; negative if another one does.
+        """
+        order_E = place_E.argsort()
+        self.mine_M = order_E[place_E[order_E] >= 0]
+
+    def __call__(
+        self, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Give weights and block ids, [T, K] each, under vLLM's names of arguments."""
+        if self.mine_M is not None:
+            gating_output = gating_output[:, self.mine_M]
+            topk = min(topk, len(self.mine_M))
+        return slots_of(gating_output, topk)
 
 
 def num_slots(router: Router, dim: int) -> int:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ from torch import Tensor
 from moesaic._errors import RunError
 from moesaic.evaluation.bench.llama_cpp import find
 from moesaic.evaluation.bench.runtimes._base import SPARE_CHUNKS, Ids, Runtime
+from moesaic.evaluation.bench.servers import running
 
 _SECONDS = 900
 
@@ -83,36 +82,13 @@ def server(model: Path, log: Path, *options: str) -> Iterator[str]:
     Raises:
         RunError: If it ends before it is ready.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(find("llama-server")), "-m", str(model), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--no-warmup", *options]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        _wait(process, address, log)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
 
+    def command(port: int) -> list[str]:
+        start = [str(find("llama-server")), "-m", str(model), "--host", "127.0.0.1"]
+        return [*start, "--port", str(port), "--no-warmup", *options]
 
-def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    """Ask until it is ready; one question takes as long as it may."""
-    while True:
-        if process.poll() is not None:
-            last = (log.read_text().strip().splitlines() or ["no message"])[-1]
-            raise RunError(f"llama-server ended with code {process.returncode}: {last}")
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=60):
-                return
-        except (urllib.error.URLError, ConnectionError):
-            try:
-                process.wait(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                continue
+    with running(command, log, name="llama-server") as started:
+        yield started.address
 
 
 def ask(address: str, path: str, **body: Any) -> dict[str, Any]:

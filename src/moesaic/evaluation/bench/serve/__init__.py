@@ -1,0 +1,1 @@
+"""A server beside the engine inside it: what HTTP costs."""
