@@ -73,7 +73,7 @@ class PackedLinear:
         self.num_outputs, self.num_inputs = _on_cpu(weight_OI).shape
         rows_PRI = _pad(weight_OI, 0, 2 * lanes()).unflatten(0, (-1, 2 * lanes()))
         self._panels, self._scale = _pack(rows_PRI, weight_format)
-        self._bias = None if bias_O is None else _pad(bias_O.float(), 0, 2 * lanes()).contiguous()
+        self._bias = None if bias_O is None else _own(_pad(bias_O.float(), 0, 2 * lanes()))
         self.padded = rows_PRI.shape[0] * rows_PRI.shape[1]
         self.struct = structs.Linear(
             panels=self._panels.data_ptr(),
@@ -128,9 +128,9 @@ class PackedExperts:
         self._down, self._down_scale = _pack(down_PRF, weight_format)
         self._up_bias, self._down_bias = None, None
         if weights.up_bias is not None:
-            self._up_bias = _rows(weights.up_bias.float(), weights.gated, per_panel).contiguous()
+            self._up_bias = _own(_rows(weights.up_bias.float(), weights.gated, per_panel))
         if weights.down_bias is not None:
-            self._down_bias = _pad(weights.down_bias.float(), 1, 2 * per_register).contiguous()
+            self._down_bias = _own(_pad(weights.down_bias.float(), 1, 2 * per_register))
         self.padded = down_EOF.shape[1]
         self.struct = structs.Experts(
             up=self._up.data_ptr(),
@@ -263,6 +263,11 @@ def _versions(weights: ExpertWeights) -> list[tuple[int, int]]:
 
 def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
+
+
+def _own(x: Tensor) -> Tensor:
+    """Copy what may be a parameter still, whose memory its owner may give up or change."""
+    return x.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _pad(x: Tensor, dim: int, multiple: int) -> Tensor:
