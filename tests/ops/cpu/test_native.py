@@ -21,7 +21,7 @@ from moesaic.ops import select
 from moesaic.ops.cpu import library, packed
 from moesaic.ops.cpu.__main__ import main
 from moesaic.ops.cpu.ffn import PackedFfn, PackedRouter
-from moesaic.ops.cpu.packed import PackedExperts, PackedLinear
+from moesaic.ops.cpu.packed import PackedExperts, PackedLinear, lanes
 from moesaic.ops.reference import experts_reference
 from moesaic.ops.select import apply_experts
 
@@ -181,6 +181,24 @@ def test_bfloat16_goes_in_and_out():
     assert out_TD.dtype == torch.bfloat16
     expected = experts_reference(*inputs.to(torch.float32))
     torch.testing.assert_close(out_TD, expected.bfloat16(), rtol=1e-2, atol=1e-2)
+
+
+def test_packed_weights_share_nothing_with_those_they_were_made_of():
+    """Sizes of whole panels, where nothing is padded: a decoder gives the weights up."""
+    size = 4 * lanes()
+    inputs = Case(D=size, F=size, bias=True).inputs(torch.float32)
+    x_TI, weight_OI, bias_O = torch.randn(3, size), torch.randn(size, size), torch.randn(size)
+    experts, linear = PackedExperts(inputs.weights), PackedLinear(weight_OI, bias_O)
+    arguments = inputs.h_TD, inputs.ids_TK, inputs.weights_TK
+    before = experts(*arguments), linear(x_TI)
+    assert inputs.weights.up_bias is not None
+    assert inputs.weights.down_bias is not None
+    for given in (*inputs.weights[:2], inputs.weights.up_bias, inputs.weights.down_bias):
+        given.fill_(torch.nan)
+    weight_OI.fill_(torch.nan)
+    bias_O.fill_(torch.nan)
+    assert torch.equal(experts(*arguments), before[0])
+    assert torch.equal(linear(x_TI), before[1])
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)

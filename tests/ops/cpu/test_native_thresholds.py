@@ -134,5 +134,7 @@ def test_thresholds_of_inputs_are_refused():
     weights = make(64, 16)
     cut = weights._replace(thresholds=weights.thresholds._replace(input=torch.tensor(0.1)))
     assert not supports(cut)
-    with pytest.raises(InputError, match="nor have thresholds of inputs"):
+    with pytest.raises(
+        InputError, match="an input threshold of 0.1 has no native code; convert with"
+    ):
         PackedExperts(cut)

@@ -44,10 +44,13 @@ _ACTIVATIONS = {
 
 def supports(weights: ExpertWeights) -> bool:
     """Whether the native code knows the function that the experts apply."""
-    limits = weights.thresholds
-    if limits is not None and bool(limits.input > 0):
-        return False
-    return weights.glu is None and weights.activation in _ACTIVATIONS
+    named = weights.glu is None and weights.activation in _ACTIVATIONS
+    return named and not leaves_out_inputs(weights)
+
+
+def leaves_out_inputs(weights: ExpertWeights) -> bool:
+    """Whether small inputs count as zero, which the native code does not do."""
+    return weights.thresholds is not None and bool(weights.thresholds.input > 0)
 
 
 def format_of(dtype: torch.dtype) -> Format:
@@ -76,9 +79,7 @@ class PackedLinear:
         self.num_outputs, self.num_inputs = on_cpu(weight_OI).shape
         rows_PRI = _pad(weight_OI, 0, 2 * lanes()).unflatten(0, (-1, 2 * lanes()))
         self._panels, self._scale = _pack(rows_PRI, weight_format)
-        self._bias = (
-            None if bias_O is None else _pad(bias_O.detach().float(), 0, 2 * lanes()).contiguous()
-        )
+        self._bias = None if bias_O is None else _own(_pad(bias_O.float(), 0, 2 * lanes()))
         self.padded = rows_PRI.shape[0] * rows_PRI.shape[1]
         # In the order of the struct's pointers.
         self.parts = [self._panels, self._scale, self._bias]
@@ -109,10 +110,15 @@ class PackedExperts:
     """
 
     def __init__(self, weights: ExpertWeights, weight_format: Format = "float32") -> None:
-        if not supports(weights):
+        if weights.glu is not None or weights.activation not in _ACTIVATIONS:
             raise InputError(
-                f"activation {weights.activation or 'of its own'!r} has no native code, nor have "
-                f"thresholds of inputs; {', '.join(sorted(_ACTIVATIONS))} have"
+                f"activation {weights.activation or 'of its own'!r} has no native code; "
+                f"{', '.join(sorted(_ACTIVATIONS))} have"
+            )
+        if leaves_out_inputs(weights):
+            raise InputError(
+                f"an input threshold of {float(weights.thresholds.input):.3g} has no native code; "
+                "convert with inputs 1, or use torch"
             )
         per_register = lanes()
         num_experts, dim, _ = on_cpu(weights.down).shape
@@ -126,19 +132,15 @@ class PackedExperts:
         self._down, self._down_scale = _pack(down_PRF, weight_format)
         self._up_bias, self._down_bias = None, None
         if weights.up_bias is not None:
-            self._up_bias = _rows(
-                weights.up_bias.detach().float(), weights.gated, per_panel
-            ).contiguous()
+            self._up_bias = _own(_rows(weights.up_bias.float(), weights.gated, per_panel))
         if weights.down_bias is not None:
-            self._down_bias = _pad(
-                weights.down_bias.detach().float(), 1, 2 * per_register
-            ).contiguous()
+            self._down_bias = _own(_pad(weights.down_bias.float(), 1, 2 * per_register))
         self._neuron_limits, self._gate_limits = None, None
         if weights.thresholds is not None:
             _, neuron_EF, gate_EF = weights.thresholds
-            self._neuron_limits = _pad(neuron_EF.detach().float(), 1, per_panel).contiguous()
+            self._neuron_limits = _own(_pad(neuron_EF.float(), 1, per_panel))
             if gate_EF is not None:
-                self._gate_limits = _pad(gate_EF.detach().float(), 1, per_panel).contiguous()
+                self._gate_limits = _own(_pad(gate_EF.float(), 1, per_panel))
         # In the order of the struct's pointers.
         self.parts = [
             *(self._up, self._down),
@@ -227,6 +229,11 @@ def _versions(weights: ExpertWeights) -> list[tuple[int, int]]:
 def pointer(x: Tensor | None) -> int | None:
     """Where a tensor is; none for none."""
     return None if x is None else x.data_ptr()
+
+
+def _own(x: Tensor) -> Tensor:
+    """Copy what may be a parameter still, whose memory its owner may give up or change."""
+    return x.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _pad(x: Tensor, dim: int, multiple: int) -> Tensor:
