@@ -18,7 +18,7 @@ from moesaic.nn.experts._base import Experts
 from moesaic.nn.layer import MoELayer
 from moesaic.ops.cpu.ffn import PackedFfn, PackedRouter
 from moesaic.ops.cpu.operators import Sources, traced
-from moesaic.ops.cpu.packed import Format, PackedExperts, PackedLinear, leaves_out_inputs
+from moesaic.ops.cpu.packed import Format, PackedExperts, PackedLinear, input_threshold
 from moesaic.ops.select import say_once
 
 
@@ -40,7 +40,7 @@ def why_not_packed(layer: MoELayer) -> str:
     for part in (layer.experts, layer.shared):
         if part is not None and not computes_weights(part):
             return f"has experts of the kind {config.experts!r}, which have no native code"
-        if part is not None and leaves_out_inputs(part.weights()):
+        if part is not None and input_threshold(part.weights()) > 0:
             return "leaves out inputs of its experts, which has no native code"
     return ""
 

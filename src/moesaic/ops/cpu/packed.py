@@ -42,15 +42,9 @@ _ACTIVATIONS = {
 }
 
 
-def supports(weights: ExpertWeights) -> bool:
-    """Whether the native code knows the function that the experts apply."""
-    named = weights.glu is None and weights.activation in _ACTIVATIONS
-    return named and not leaves_out_inputs(weights)
-
-
-def leaves_out_inputs(weights: ExpertWeights) -> bool:
-    """Whether small inputs count as zero, which the native code does not do."""
-    return weights.thresholds is not None and bool(weights.thresholds.input > 0)
+def input_threshold(weights: ExpertWeights) -> float:
+    """What inputs of experts must exceed; native code leaves none out, so it has to be zero."""
+    return 0.0 if weights.thresholds is None else float(weights.thresholds.input)
 
 
 def format_of(dtype: torch.dtype) -> Format:
@@ -115,9 +109,9 @@ class PackedExperts:
                 f"activation {weights.activation or 'of its own'!r} has no native code; "
                 f"{', '.join(sorted(_ACTIVATIONS))} have"
             )
-        if leaves_out_inputs(weights):
+        if input_threshold(weights) > 0:
             raise InputError(
-                f"an input threshold of {float(weights.thresholds.input):.3g} has no native code; "
+                f"an input threshold of {input_threshold(weights):.3g} has no native code; "
                 "convert with inputs 1, or use torch"
             )
         per_register = lanes()
