@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,13 @@ from moesaic.nn.routers._base import Router, RouterState
 from moesaic.nn.routers._table import ROUTERS
 from moesaic.nn.routing import Routing
 
-if TYPE_CHECKING:
-    from moesaic.nn.packed_layer import PackedLayer
+
+class PackedLayer(Protocol):
+    """A copy of a layer in the order in which native code reads it."""
+
+    def __call__(self, layer: MoELayer, h: Tensor) -> Tensor | None:
+        """Apply the layer to tokens [..., D]; none if the call has to run in torch."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
