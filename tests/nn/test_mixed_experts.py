@@ -14,6 +14,7 @@ from moesaic._errors import InputError
 from moesaic.nn.layer import LayerConfig, MoELayer, all_experts_on, pass_state
 from moesaic.nn.routers._base import RouterState
 from moesaic.nn.sequences import Sequences
+from moesaic.nn.shape import layer_shape
 
 D, F, S, FFN, GRU = 17, 5, 7, 0, 1
 
@@ -209,6 +210,8 @@ def test_kinds_mix_in_any_order_and_are_dense_together():
     assert repr(layer.experts).splitlines()[1].strip() == (
         "experts=5, width=5, kinds=gated, plain, plain, gru, gated"
     )
+    # Two of five experts, each counted as its width.
+    assert layer_shape(layer, 25).fraction(2) == pytest.approx(2 / 5)
     # As data, in a list, it is the same layer.
     assert build_config(LayerConfig, to_plain(layer.config), where="layer") == layer.config
 

@@ -91,9 +91,8 @@ def layer_shape(layer: MoELayer, dense_width: int) -> LayerShape:
     config = layer.config
     width = common_width = bypass_width = 0.0
     if layer.experts is not None:
-        neuron = layer.experts.neuron_weights()
-        width = layer.experts.own_weights() / neuron
-        common_width = layer.experts.common_weights() / neuron
+        width = layer.experts.own_width()
+        common_width = layer.experts.common_width()
     if layer.bypass is not None:
         part = layer.shared if layer.experts is None else layer.experts
         assert part is not None, "a bypass stands beside experts"

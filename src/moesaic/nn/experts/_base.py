@@ -122,6 +122,15 @@ class Experts(Part, ABC):
         """Weights of the matrices that a token does not use when so many experts are off."""
         return num_off * self.own_weights()
 
+    def own_width(self) -> float:
+        """Neurons of that dense network which one expert's own weights make."""
+        return self.own_weights() / self.neuron_weights()
+
+    def common_width(self) -> float:
+        """Neurons of that dense network which the weights in common make."""
+        weights = self.common_weights()
+        return weights / self.neuron_weights() if weights else 0.0
+
     def used_share(self) -> float | None:
         """Share of the matrices' weights that every token uses when all experts are on.
 

@@ -74,6 +74,10 @@ class MixedExperts(Experts):
         """Sum all experts at weight one, [T, D]."""
         return torch.stack([part.dense(h_TD, state) for part in self._each()]).sum(0)
 
+    def own_width(self) -> float:
+        """Count an expert as its width: all have the same, whatever their kind weighs."""
+        return float(self.width)
+
     def used_share(self) -> float | None:
         """Share of the parts' parameters in use; none where it depends on the token."""
         used, total = 0.0, 0

@@ -81,6 +81,10 @@ class GruExperts(Experts):
             return torch.zeros_like(h_TD)
         return torch.stack([self._expert(e, sequences) for e in range(self.num_experts)]).sum(0)
 
+    def own_width(self) -> float:
+        """Count an expert as its width: a hidden unit is no neuron and none is nearer."""
+        return float(self.width)
+
     def used_share(self) -> float:
         """Every token uses all of the weights when all experts are on."""
         return 1.0

@@ -36,7 +36,7 @@ class Matched:
         reference_flops: Of the dense model, per token.
         flops: Of this one at `active`; off the reference by the rounding of F alone.
         active_fraction: Weights of the networks that a token uses at `active` over those of the
-            dense network, mean over layers.
+            dense network, in the last layer.
     """
 
     mixture: MixtureConfig
