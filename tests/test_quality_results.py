@@ -6,8 +6,10 @@ import shutil
 import pytest
 from test_house import ROOT
 
+from moesaic.analysis import checks
 from moesaic.recipes.comparison import cell_of, read_lines, read_protocol, write_comparison
 from moesaic.recipes.comparison.measure import resolved
+from moesaic.recipes.comparison.run import gather
 
 HOME = ROOT / "bench" / "results" / "quality"
 PROTOCOL = read_protocol(ROOT / "bench" / "quality.yaml")
@@ -42,10 +44,16 @@ def test_cells_were_measured_by_the_committed_protocol_from_a_clean_tree(cell):
 
 
 def test_the_report_is_that_of_the_lines(tmp_path):
-    for name in ("results.jsonl", "dense.json", "run.json"):
+    for name in ("results.jsonl", "dense.json", "run.json", "predictions.json"):
         shutil.copy(HOME / name, tmp_path)
     write_comparison(PROTOCOL, tmp_path)
     assert (HOME / "report.md").read_text() == (tmp_path / "report.md").read_text()
+
+
+def test_four_predictions_in_five_are_within_fifteen_percent():
+    found = checks(gather(PROTOCOL, [HOME]))
+    assert len(found) >= 10
+    assert sum(abs(check.off) <= 0.15 for check in found) >= 0.8 * len(found)
 
 
 def trained(method, active):
