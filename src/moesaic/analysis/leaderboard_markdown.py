@@ -58,7 +58,7 @@ def cells_of(one: Standing) -> list[str]:
     if one.experts_used is not None:
         shared = f" + {one.shared // one.width}" if one.shared else ""
         used = f"{one.experts_used.text('{:.2f}'.format)}{shared} of {one.experts}"
-    dead = NOT_MEASURED if one.dead is None else f"{one.dead:g} of {one.total_experts}"
+    dead = NOT_MEASURED if one.dead is None else f"{one.dead:.3g} of {one.total_experts}"
     return [
         name,
         one.loss.text(),
