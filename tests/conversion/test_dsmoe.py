@@ -262,6 +262,7 @@ def test_bfloat16_stays_bfloat16(tmp_path):
             {"kept": 0.3},
             r"kept must be in \[0.6, 1\] and inputs in \(0, 1\], got 0.3 and 1.0; 1 keeps",
         ),
+        ({"kept": 0.0}, r"kept must be in \[0.6, 1\] and inputs in \(0, 1\], got 0.0 and 1.0"),
         ({"inputs": 0.0}, r"kept must be in \[0.6, 1\] and inputs in \(0, 1\], got 1.0 and 0.0"),
         ({"kept": 0.7, "init": "open"}, "kept and inputs must be 1 unless init is 'gram' and comp"),
         (

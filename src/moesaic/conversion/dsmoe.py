@@ -135,7 +135,8 @@ class DSMoE:
                 "kept and inputs must be 1 unless init is 'gram' and compensate false, got "
                 f"{self.kept} and {self.inputs} with init {self.init!r}"
             )
-        if not 0.0 < self.inputs <= 1.0 or not _LEAST_KEPT <= (self.kept or 1.0) <= 1.0:
+        kept = 1.0 if self.kept is None else self.kept
+        if not 0.0 < self.inputs <= 1.0 or not _LEAST_KEPT <= kept <= 1.0:
             raise InputError(
                 f"kept must be in [{_LEAST_KEPT}, 1] and inputs in (0, 1], got {self.kept} and "
                 f"{self.inputs}; 1 keeps all"
@@ -170,11 +171,9 @@ class DSMoE:
         Returns:
             Options of thresholded experts; empty where nothing is ever left out.
         """
-        if self.init != "gram" or self.active == 1.0 or self.compensate:
+        if self.active == 1.0 or self.kept == self.inputs == 1.0:
             return {}
-        if self.kept == 1.0 and self.inputs == 1.0:
-            return {}
-        # Near the best at a quarter, a half and three quarters of three layers of a small model.
+        # A rule of thumb: more of a block where more of all is used.
         kept = 0.55 + 0.4 * self.active if self.kept is None else self.kept
         if not gated:
             return {"inputs": self.inputs, "neurons": min(1.0, 2 * kept - self.inputs)}

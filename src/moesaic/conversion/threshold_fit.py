@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from moesaic.calibration.collectors import block_neurons
 from moesaic.conversion.gram_router import cut
 from moesaic.nn.experts.thresholded import Thresholded
-from moesaic.ops.weights import ExpertWeights, activation
+from moesaic.ops.weights import activation
 
 # Neurons times tokens that are looked at: bounds what exists of them to 64 MB.
 _MAX_NEURONS = 1 << 24
@@ -45,27 +44,23 @@ def fit_thresholds(
     experts.set_thresholds(inputs, 0.0)
     weights = experts.weights()
     x_BD = weights.cut_inputs(h_BD).to(weights.up.dtype)
+    bias = None if weights.up_bias is None else weights.up_bias.flatten()
+    z_BM = nnf.linear(x_BD, weights.up.flatten(0, 1), bias)
+    z_BER = z_BM.unflatten(1, (weights.num_experts, -1))
     length_EF = weights.down.float().norm(dim=1).clamp(min=_TINY)
 
     gates_EF: Tensor | float = 0.0
     if kept.gates < 1.0:
-        gate_BEF, up_BEF = _gates_and_ups(x_BD, weights)
+        gate_BEF, up_BEF = z_BER.float().chunk(2, dim=2)
         worth_EF = length_EF * up_BEF.square().mean(0).sqrt().clamp(min=_TINY)
-        gates_EF = _threshold((gate_BEF.abs() * worth_EF)[on_BE], kept.gates) / worth_EF
+        promised_BEF = activation(weights.activation)(gate_BEF).abs() * worth_EF
+        gates_EF = _threshold(promised_BEF[on_BE], kept.gates) / worth_EF
         experts.set_thresholds(inputs, 0.0, gates_EF)
     if kept.neurons < 1.0:
-        adds_BEF = block_neurons(x_BD, experts.weights()).abs() * length_EF
+        adds_BEF = experts.weights().activate(z_BER).float().abs() * length_EF
         neurons_EF = _threshold(adds_BEF[on_BE], kept.neurons) / length_EF
         experts.set_thresholds(inputs, neurons_EF, gates_EF)
 
 
 def _threshold(values: Tensor, kept: float) -> float:
     return max(0.0, cut(values, kept))
-
-
-def _gates_and_ups(x_BD: Tensor, weights: ExpertWeights) -> tuple[Tensor, Tensor]:
-    """Gates after their activation, and what they are multiplied with, [B, E, F] each."""
-    bias = None if weights.up_bias is None else weights.up_bias.flatten()
-    z_BER = nnf.linear(x_BD, weights.up.flatten(0, 1), bias).unflatten(1, (weights.num_experts, -1))
-    gate_BEF, up_BEF = z_BER.float().chunk(2, dim=2)
-    return activation(weights.activation)(gate_BEF), up_BEF

@@ -8,7 +8,7 @@ are ordinary experts.
 
 A column of gate, up or down whose input is zero need not be read, nor an up row whose gate is: that
 is what it would save. Torch's dense products read everything all the same, and so does the native
-code: one core reads scattered rows of a few kilobytes no faster than all of them in order.
+code, which masks.
 
 Shapes: T tokens, E experts, F width of one expert, D model width, R rows of one expert in the up
 product (2F if gated, else F).
