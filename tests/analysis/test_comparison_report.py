@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_report import Page
 
 from moesaic._errors import InputError
-from moesaic.analysis import Comparison, comparison_markdown, render_comparison, verdicts
+from moesaic.analysis import Comparison, Pair, comparison_markdown, render_comparison, verdicts
 from moesaic.analysis.comparison import entries, pareto, ranked
 from moesaic.analysis.comparison_page import pareto_chart
 
@@ -86,9 +86,30 @@ def test_a_static_winner_is_said_to_be_static():
 def test_overlapping_intervals_settle_nothing():
     lines = [line("dsmoe", 0.5, 1.3), line("flap", 0.5, 1.38), line("wanda", 0.5, 1.5)]
     assert verdicts(compared(*lines)) == [
-        "At 0.5 active without training, dsmoe is ahead, 1.30 (1.25-1.35), but intervals overlap, "
-        "so it is not settled against flap 1.38 (1.33-1.43); the best static method is flap."
+        "At 0.5 active without training, dsmoe is ahead, 1.30 (1.25-1.35), but not on enough "
+        "documents for it to be settled against flap 1.38 (1.33-1.43); the best static method is "
+        "flap."
     ]
+
+
+@pytest.mark.parametrize(("low", "settled"), [(1.001, True), (1.0, False), (0.97, False)])
+def test_the_same_documents_settle_what_overlapping_intervals_do_not(low, settled):
+    lines = [line("dsmoe", 0.5, 1.3), line("flap", 0.5, 1.38)]
+    pair = Pair(method="dsmoe", other="flap", budget=0.5, trained=False, low=low)
+    (sentence,) = verdicts(replace(compared(*lines), pairs=[pair]))
+    assert ("dsmoe is best: 1.30" in sentence) == settled
+    assert ("settled against flap" in sentence) == (not settled)
+    table = comparison_markdown(replace(compared(*lines), pairs=[pair]))
+    assert ("| **1.38 (1.33-1.43)** |" in table) == (not settled)
+    # A pair at another budget, or after training, says nothing of this one.
+    for other in (replace(pair, budget=0.75), replace(pair, trained=True)):
+        assert "not on enough documents" in verdicts(replace(compared(*lines), pairs=[other]))[0]
+
+
+def test_intervals_that_are_apart_do_not_settle_what_the_documents_do_not():
+    lines = [line("dsmoe", 0.5, 1.1), line("flap", 0.5, 1.4)]
+    pair = Pair(method="dsmoe", other="flap", budget=0.5, trained=False, low=0.99)
+    assert "not on enough documents" in verdicts(replace(compared(*lines), pairs=[pair]))[0]
 
 
 def test_a_bound_never_wins():

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -127,3 +128,12 @@ def test_ratio_needs_the_same_blocks():
         perplexity_ratio(dataclasses.replace(dense, text="other"), dense, 100, 0)
     with pytest.raises(InputError, match="block 6 of the text was not evaluated; evaluate every"):
         dense.at(np.array([0, 6]))
+
+
+def test_losses_come_back_from_plain_data():
+    one = losses([1.5, 2.25], document_N=[4, 4], domain_N=[1, 0])
+    again = BlockLosses.from_plain(json.loads(json.dumps(one.to_plain())))
+    for field in dataclasses.fields(BlockLosses):
+        left, right = getattr(one, field.name), getattr(again, field.name)
+        assert np.array_equal(left, right)
+        assert getattr(left, "dtype", None) == getattr(right, "dtype", None)

@@ -1,7 +1,7 @@
 """Seeing what a conversion did: the main table, its headline and the HTML report."""
 
 from moesaic.analysis._headline import Headline, headline
-from moesaic.analysis.comparison import Comparison, verdicts
+from moesaic.analysis.comparison import Comparison, Pair, verdicts
 from moesaic.analysis.comparison_markdown import comparison_markdown
 from moesaic.analysis.comparison_page import render_comparison
 from moesaic.analysis.health import health_summary, read_health, render_health, write_health
@@ -23,6 +23,7 @@ __all__ = [
     "Comparison",
     "Headline",
     "Leaderboard",
+    "Pair",
     "Prediction",
     "Suggestion",
     "advice",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import fmean, geometric_mean
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -28,6 +28,25 @@ BOUND = "bound"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two methods at one budget, on the same documents.
+
+    Attributes:
+        method: The one.
+        other: The other.
+        budget: The requested active fraction of both.
+        trained: Whether both were trained.
+        low: Lower end of the 95% interval of the other's perplexity over that of the one.
+    """
+
+    method: str
+    other: str
+    budget: float
+    trained: bool
+    low: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """What is reported.
 
@@ -36,10 +55,12 @@ class Comparison:
         dense: Record of the dense parent; none if it was not measured.
         predictions: Of cells without training, from short trials.
         lines: Results, one for each cell.
+        pairs: Methods on the same documents.
     """
 
     protocol: Mapping[str, Any]
     lines: Sequence[Mapping[str, Any]]
+    pairs: Sequence[Pair] = ()
     dense: Mapping[str, Any] | None = None
     predictions: Sequence[Prediction] = ()
 
@@ -101,6 +122,7 @@ class Entry:
         seconds: Of conversion, training and evaluation, mean over seeds.
         peak_bytes: The largest of the seeds.
         accuracy: By file of questions: the mean over seeds, and the widest interval of theirs.
+        beats: By method that was paired with it, whether it is ahead on the same documents.
     """
 
     method: str
@@ -119,6 +141,7 @@ class Entry:
     seconds: Mapping[str, float] | None = None
     peak_bytes: float | None = None
     accuracy: Mapping[str, Accuracy] | None = None
+    beats: Mapping[str, bool] = field(default_factory=dict)
 
 
 def entries(comparison: Comparison) -> list[Entry]:
@@ -139,6 +162,10 @@ def entries(comparison: Comparison) -> list[Entry]:
         key = (line["method"], line["active"], line["trained"])
         groups.setdefault(key, []).append(line)
         static.setdefault(line["method"], bool(line["static"]))
+    beats: dict[tuple[Any, ...], dict[str, bool]] = {}
+    for pair in comparison.pairs:
+        key = (pair.method, pair.budget, pair.trained)
+        beats.setdefault(key, {})[pair.other] = pair.low > 1.0
     found = []
     for trained in (False, True):
         for name in methods:
@@ -147,9 +174,10 @@ def entries(comparison: Comparison) -> list[Entry]:
             states = _record.items(method, "trained") or _record.items(protocol, "trained")
             budgets = _record.numbers(method, "budgets") or _record.numbers(protocol, "budgets")
             for budget in budgets if trained in states else ():
-                lines = groups.get((name, budget, trained), [])
+                key = (name, budget, trained)
                 about = (_kind(method), static.get(name, False))
-                found.append(_entry(str(name), *about, budget, trained, lines))
+                entry = _entry(str(name), *about, budget, trained, groups.get(key, []))
+                found.append(replace(entry, beats=beats.get(key, {})))
     return found
 
 
@@ -310,12 +338,12 @@ def verdict(
     best, ratio = order[0], _ratio(order[0])
     if len(order) == 1:
         return f"{where}, only {best.method} was measured: {ratio.text()}."
-    close = [entry for entry in order[1:] if _ratio(entry).low <= ratio.high]
+    close = [entry for entry in order[1:] if not _settled(best, entry)]
     if close:
         others = _and([f"{entry.method} {_ratio(entry).text()}" for entry in close])
         text = (
-            f"{where}, {best.method} is ahead, {ratio.text()}, but intervals overlap, so it is "
-            f"not settled against {others}"
+            f"{where}, {best.method} is ahead, {ratio.text()}, but not on enough documents for it "
+            f"to be settled against {others}"
         )
     else:
         text = f"{where}, {best.method} is best: {ratio.text()}"
@@ -327,6 +355,17 @@ def verdict(
     if static in close:
         return f"{text}; the best static method is {static.method}."
     return f"{text}; the best static method is {static.method}: {_ratio(static).text()}."
+
+
+def _settled(best: Entry, entry: Entry) -> bool:
+    """Whether one is better than the other for sure.
+
+    On the same documents where they were paired; else by intervals that are apart, which takes a
+    larger lead.
+    """
+    if entry.method in best.beats:
+        return best.beats[entry.method]
+    return _ratio(entry).low > _ratio(best).high
 
 
 def _ratio(entry: Entry) -> Ratio:
@@ -375,4 +414,4 @@ def cell_text(entry: Entry | None) -> str:
 def leaders(found: Sequence[Entry], budget: float, trained: bool) -> list[Entry]:
     """The best of a budget, and those that may be as good."""
     order = ranked(found, budget, trained)
-    return [entry for entry in order if _ratio(entry).low <= _ratio(order[0]).high]
+    return [entry for entry in order if not _settled(order[0], entry)]

@@ -26,7 +26,7 @@ from moesaic.analysis.comparison import (
 def comparison_markdown(comparison: Comparison) -> str:
     """Write a comparison for a document: its sentences, a table each without and with training.
 
-    The best ratio of a budget is bold, with those whose interval overlaps with it.
+    The best ratio of a budget is bold, with those that may be as good.
 
     Raises:
         InputError: If a line holds a wrong kind of value.

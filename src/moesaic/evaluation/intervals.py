@@ -10,8 +10,9 @@ Shapes: N blocks, U documents, R resamples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from moesaic._errors import InputError
 
 _PERCENTILES = (2.5, 97.5)
+_ARRAYS = ("nll_N", "tokens_N", "block_N", "domain_N", "document_N")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +73,30 @@ class BlockLosses:
         """These and those of other blocks of the same text."""
         if other.text != self.text:
             raise InputError("losses of two texts cannot be joined; read blocks of one text")
-        names = ("nll_N", "tokens_N", "block_N", "domain_N", "document_N")
-        arrays = {n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in names}
+        arrays = {n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in _ARRAYS}
         return BlockLosses(**arrays, domains=self.domains, text=self.text)
+
+    def to_plain(self) -> dict[str, Any]:
+        """The losses as plain data, for a record that others are paired with later."""
+        arrays = {name: getattr(self, name).tolist() for name in _ARRAYS}
+        return {**arrays, "domains": list(self.domains), "text": self.text}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> BlockLosses:
+        """What `to_plain` gave.
+
+        Raises:
+            KeyError: If a field is missing.
+        """
+        return cls(
+            nll_N=np.asarray(plain["nll_N"], np.float64),
+            tokens_N=np.asarray(plain["tokens_N"], np.int64),
+            block_N=np.asarray(plain["block_N"], np.int64),
+            domain_N=np.asarray(plain["domain_N"], np.int64),
+            document_N=np.asarray(plain["document_N"], np.int64),
+            domains=tuple(plain["domains"]),
+            text=plain["text"],
+        )
 
     def present(self) -> Iterator[tuple[int, str]]:
         """Index and name of every domain that has a block."""
@@ -133,11 +156,11 @@ def domain_quality(losses: BlockLosses, resamples: int, seed: int) -> dict[str, 
 def perplexity_ratio(
     losses: BlockLosses, dense: BlockLosses, resamples: int, seed: int
 ) -> Estimate:
-    """Geometric mean over domains of perplexity over the parent's, with its paired interval.
+    """Geometric mean over domains of perplexity over another model's, with its paired interval.
 
     Args:
         losses: What the model lost.
-        dense: What its dense parent lost on the same blocks.
+        dense: What the other, most often its dense parent, lost on the same blocks.
         resamples: R.
         seed: Of the drawing.
 

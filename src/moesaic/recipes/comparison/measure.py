@@ -103,6 +103,8 @@ def measure(shared: Shared, cell: Cell, work: Path, progress: Progress) -> dict[
         **settings,
         "static": method.static,
         "quality": quality_section(quality, shared.dense_losses(), protocol.heldout.quality),
+        # So that any two methods can be paired, document by document.
+        "losses": quality.losses.to_plain(),
         "cost": shared.cost(model, quality, results["active"] if method.tells_active else None),
         "accuracy": shared.ask(model),
         "trained_tokens": trained["tokens"],

@@ -26,6 +26,7 @@ from moesaic.models.checkpoint import check_weights, read_config
 from moesaic.recipes.comparison.cells import Cell, Selection, all_cells, select
 from moesaic.recipes.comparison.grid import Grid, Runner, fill, gather_lines, list_cells
 from moesaic.recipes.comparison.measure import resolved
+from moesaic.recipes.comparison.pairs import paired
 from moesaic.recipes.comparison.predictions import read_predictions
 from moesaic.recipes.comparison.process import run_piece
 from moesaic.recipes.comparison.protocol import Protocol
@@ -196,6 +197,7 @@ def gather(protocol: Protocol, directories: Sequence[Path]) -> Comparison:
         protocol=protocol.plain(),
         dense=None if dense is None else read_json(dense),
         lines=lines,
+        pairs=paired(lines, protocol.heldout.quality),
         predictions=[
             prediction
             for prediction in predictions.values()

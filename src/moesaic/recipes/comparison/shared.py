@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic._errors import InputError
-from moesaic._files import atomic_directory, atomic_write, read_json, write_json
+from moesaic._files import atomic_directory, read_json, write_json
 from moesaic._progress import SILENT, Progress
 from moesaic.calibration import CalibrationStats, calibrate
 from moesaic.calibration.stats import MANIFEST, open_stats
@@ -40,8 +39,6 @@ from moesaic.models.ffn import decoder_layers, read_ffn
 from moesaic.nn.layer import moe_layers
 from moesaic.recipes.comparison.protocol import Protocol
 from moesaic.recipes.parent import keep_parent, open_parent
-
-_ARRAYS = ("nll_N", "tokens_N", "block_N", "domain_N", "document_N")
 
 
 def ffn_weights(model: PreTrainedModel) -> int:
@@ -175,10 +172,6 @@ class Shared:
         result = evaluate_perplexity(
             model, heldout, quality, self.progress, block_N=self.block_N, name="dense"
         )
-        arrays = {name: getattr(result.losses, name) for name in _ARRAYS}
-        with atomic_write(self.directory / "dense.safetensors") as temporary:
-            save_file(arrays, temporary)
-        # Written last: it says that both files are there.
         write_json(
             self.record_file,
             {
@@ -187,8 +180,7 @@ class Shared:
                 "ffn_weights": ffn_weights(model),
                 "accuracy": self.ask(model),
                 "machine": machine_info(str(model.dtype).removeprefix("torch.")),
-                "domains": list(result.losses.domains),
-                "text": result.losses.text,
+                "losses": result.losses.to_plain(),
             },
         )
 
@@ -215,9 +207,4 @@ class Shared:
 
     def dense_losses(self) -> BlockLosses:
         """What the parent lost on every block."""
-        record: dict[str, Any] = read_json(self.record_file)
-        return BlockLosses(
-            **load_file(self.directory / "dense.safetensors"),
-            domains=tuple(record["domains"]),
-            text=record["text"],
-        )
+        return BlockLosses.from_plain(read_json(self.record_file)["losses"])
