@@ -5,7 +5,7 @@ A page asks for them with a comment on a line of its own:
 `<!-- systems -->` lists the published systems, `<!-- architectures -->` the decoders that can be
 converted, `<!-- commands -->` the commands, `<!-- speeds -->` the committed speeds of networks and
 `<!-- runtimes -->` those of one model in several runtimes, `<!-- gguf -->` those of GGUF files,
-`<!-- serving -->` those of servers;
+`<!-- serving -->` those of servers; `<!-- conversions -->` what conversions take;
 `<!-- comparison -->` the committed comparison of methods and `<!-- leaderboard -->` that of
 architectures; `<!-- evidence -->` shows the committed results of working systems and
 `<!-- dsmoe -->` the tables of the one for DSMoE; `<!-- choices -->` says of each working system
@@ -29,8 +29,8 @@ from moesaic import catalog
 
 _METHODS = re.compile(r"^<!-- methods: ([a-z-]+) -->$", re.MULTILINE)
 _LIST = re.compile(
-    r"^<!-- (systems|architectures|commands|speeds|runtimes|gguf|serving|comparison|leaderboard"
-    r"|evidence|dsmoe|choices) -->$",
+    r"^<!-- (systems|architectures|commands|speeds|runtimes|gguf|serving|conversions|comparison"
+    r"|leaderboard|evidence|dsmoe|choices) -->$",
     re.MULTILINE,
 )
 # How far from the physical limit a network may be at most, by tokens in a call, at the shapes whose
@@ -75,6 +75,7 @@ def render(markdown: str) -> str:
         "runtimes": _runtimes,
         "gguf": _gguf,
         "serving": _serving,
+        "conversions": _conversions,
         "comparison": lambda: _report("quality"),
         "leaderboard": lambda: _report("architectures"),
         "evidence": _evidence,
@@ -291,6 +292,26 @@ def serving_table(name: str, result: dict[str, Any]) -> str:
                     f"{1e3 * found['first_p95_s']:.0f} |"
                 )
     return "\n".join(lines)
+
+
+def _conversions() -> str:
+    """Tabulate the committed result of `bench/conversions.py`."""
+    path = _PACKAGE.parents[1] / "bench" / "results" / "conversions-smollm2.json"
+    rows = json.loads(path.read_text("utf-8"))["rows"]
+    return _rows(
+        ("method", "active", "seconds", "peak memory", "measured on"),
+        (
+            (
+                row["method"],
+                f"{row['active']:g}",
+                f"{row['seconds']:.0f}",
+                f"{row['peak_bytes'] / 1e9:.1f} GB",
+                f"{row['machine']['cpu']}, {row['machine']['threads']} threads, commit "
+                f"{row['commit'][:7]}",
+            )
+            for row in rows
+        ),
+    )
 
 
 def _report(name: str) -> str:

@@ -70,8 +70,9 @@ class DSMoE:
             where routers are fitted. Its weights count into `active`.
         kept: Part of the weights of a block that is on which a token uses: gates and neurons under
             thresholds, fitted to the calibration inputs, count as zero, so that more blocks can be
-            on. 1 is all of them (the paper); none leaves it to `active`. It loses much less at the
-            same count of weights, and saves no time: what is left out is a mask on the blocks.
+            on. 1 is all of them (the paper); none leaves it to `active` and `inputs`. It loses much
+            less at the same count of weights, and saves no time: what is left out is a mask on the
+            blocks.
         inputs: Part of the inputs that gate and up read, likewise.
         refit: Whether the down products of fitted layers are moved, by least squares, to where what
             is used makes up for what is not. All gates on is then no longer the dense network.
@@ -173,8 +174,9 @@ class DSMoE:
         """
         if self.active == 1.0 or self.kept == self.inputs == 1.0:
             return {}
-        # A rule of thumb: more of a block where more of all is used.
-        kept = 0.55 + 0.4 * self.active if self.kept is None else self.kept
+        # A rule of thumb: more of a block where more of all is used, and more of its inputs.
+        rule = 0.52 * self.active + 0.6 * self.inputs - 0.11
+        kept = min(max(rule, _LEAST_KEPT), 1.0) if self.kept is None else self.kept
         if not gated:
             return {"inputs": self.inputs, "neurons": min(1.0, 2 * kept - self.inputs)}
         rest = (3 * kept - self.inputs) / (0.57 * self.inputs + 0.43)
