@@ -145,7 +145,7 @@ def test_thresholds_count_into_the_budget_and_bring_the_model_nearer(case, tmp_p
     dense = dense_model(case)(ids_NS).logits
     away = {}
     for kept in (1.0, None):
-        settings = dataclasses.replace(config, kept=kept)
+        settings = dataclasses.replace(config, kept=kept, inputs=kept)
         model, results = convert_dsmoe(dense_model(case), stats, settings)
         meter = ActivityMeter(model, dense_ffn_width(model.config))
         with meter.reading("text", ids_NS.numel()):
@@ -157,9 +157,9 @@ def test_thresholds_count_into_the_budget_and_bring_the_model_nearer(case, tmp_p
     options = model.config.moesaic["layers"][0]["experts_options"]
     gated = case.model_type != "opt"
     assert options == pytest.approx(
-        {"inputs": 1.0, **settings.kept_parts(gated=gated), **({} if gated else {"gates": 1.0})}
+        {**settings.kept_parts(gated=gated), **({} if gated else {"gates": 1.0})}
     )
-    assert moe_layers(model)[0].experts.expected_share() == pytest.approx(0.75)
+    assert moe_layers(model)[0].experts.expected_share() == pytest.approx(0.6)
     assert model.config.moesaic["exact"] is False
     save(model, tmp_path / "saved", new_manifest("tiny", model))
     again = load(tmp_path / "saved")
@@ -178,14 +178,25 @@ def test_thresholds_of_inputs_count_too(tmp_path):
     assert moe_layers(model)[0].experts.expected_share() == pytest.approx(0.7)
 
 
-@pytest.mark.parametrize("kept", [0.6, 0.75, 0.9, 0.99])
-@pytest.mark.parametrize("inputs", [0.6, 1.0])
+@pytest.mark.parametrize("kept", [0.4, 0.6, 0.75, 0.9, 0.99])
+@pytest.mark.parametrize("inputs", [0.6, 1.0, None])
 def test_kept_parts_add_up(kept, inputs):
     config = DSMoE(kept=kept, inputs=inputs)
     parts = config.kept_parts(gated=True)
     assert 0 < parts["neurons"] <= parts["gates"] <= 1
-    total = (inputs * (1 + parts["gates"]) + parts["neurons"]) / 3
-    assert total == pytest.approx(min(kept, (2 * inputs + 1) / 3))
+    assert parts["inputs"] == (min(1.0, 1.2 * kept) if inputs is None else inputs)
+    total = (parts["inputs"] * (1 + parts["gates"]) + parts["neurons"]) / 3
+    assert total == pytest.approx(min(kept, (2 * parts["inputs"] + 1) / 3))
+
+
+@pytest.mark.parametrize("active", [0.1, 0.25, 0.5, 0.75, 0.97])
+def test_what_is_left_to_the_budget_can_meet_it(active):
+    config = DSMoE(active=active, kept=None, inputs=None)
+    for gated, matrices in ((True, 3), (False, 2)):
+        parts = config.kept_parts(gated=gated)
+        assert all(0 < part <= 1 for part in parts.values())
+        used = parts["inputs"] * (1 + parts["gates"] if gated else 1) + parts["neurons"]
+        assert active < used / matrices <= 1
 
 
 def test_a_bypass_that_leaves_no_room_is_refused(tmp_path):
@@ -260,10 +271,10 @@ def test_bfloat16_stays_bfloat16(tmp_path):
         ({"seed": -1}, "seed must be at least 0"),
         (
             {"kept": 0.3},
-            r"kept must be in \[0.6, 1\] and inputs in \(0, 1\], got 0.3 and 1.0; 1 keeps",
+            r"kept must be in \[0.4, 1\] and inputs in \(0, 1\], got 0.3 and 1.0; 1 keeps",
         ),
-        ({"kept": 0.0}, r"kept must be in \[0.6, 1\] and inputs in \(0, 1\], got 0.0 and 1.0"),
-        ({"inputs": 0.0}, r"kept must be in \[0.6, 1\] and inputs in \(0, 1\], got 1.0 and 0.0"),
+        ({"kept": 0.0}, r"kept must be in \[0.4, 1\] and inputs in \(0, 1\], got 0.0 and 1.0"),
+        ({"inputs": 0.0}, r"kept must be in \[0.4, 1\] and inputs in \(0, 1\], got 1.0 and 0.0"),
         ({"kept": 0.7, "init": "open"}, "kept and inputs must be 1 unless init is 'gram' and comp"),
         (
             {"router": SigmoidThresholdConfig(threshold=0.0, value="one", bias=True)},

@@ -46,8 +46,8 @@ from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold, SigmoidThresholdConfig
 from moesaic.nn.shape import layer_shape, layer_shapes
 
-# Below, a block that is on would use little more than its gates.
-_LEAST_KEPT = 0.6
+# Below, a block that reads all of its inputs would use little more than its gates.
+_LEAST_KEPT = 0.4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +70,9 @@ class DSMoE:
             where routers are fitted. Its weights count into `active`.
         kept: Part of the weights of a block that is on which a token uses: gates and neurons under
             thresholds, fitted to the calibration inputs, count as zero, so that more blocks can be
-            on. 1 is all of them (the paper); none leaves it to `active` and `inputs`. It loses much
-            less at the same count of weights, and saves no time: what is left out is a mask on the
-            blocks.
-        inputs: Part of the inputs that gate and up read, likewise.
+            on. 1 is all of them (the paper); none leaves it to `active`. It loses much less at the
+            same count of weights, and saves no time: what is left out is a mask on the blocks.
+        inputs: Part of the inputs that gate and up read, likewise; none leaves it to `kept`.
         refit: Whether the down products of fitted layers are moved, by least squares, to where what
             is used makes up for what is not. All gates on is then no longer the dense network.
         compensate: Whether a block that is off leaves its mean output over the calibration text,
@@ -96,7 +95,7 @@ class DSMoE:
     )
     bypass: int | None = None
     kept: float | None = 1.0
-    inputs: float = 1.0
+    inputs: float | None = 1.0
     refit: bool = True
     compensate: bool = False
     sparse_coef: float = 1.0
@@ -136,8 +135,8 @@ class DSMoE:
                 "kept and inputs must be 1 unless init is 'gram' and compensate false, got "
                 f"{self.kept} and {self.inputs} with init {self.init!r}"
             )
-        kept = 1.0 if self.kept is None else self.kept
-        if not 0.0 < self.inputs <= 1.0 or not _LEAST_KEPT <= kept <= 1.0:
+        kept, inputs = (1.0 if part is None else part for part in (self.kept, self.inputs))
+        if not 0.0 < inputs <= 1.0 or not _LEAST_KEPT <= kept <= 1.0:
             raise InputError(
                 f"kept must be in [{_LEAST_KEPT}, 1] and inputs in (0, 1], got {self.kept} and "
                 f"{self.inputs}; 1 keeps all"
@@ -174,15 +173,15 @@ class DSMoE:
         """
         if self.active == 1.0 or self.kept == self.inputs == 1.0:
             return {}
-        # A rule of thumb: more of a block where more of all is used, and more of its inputs.
-        rule = 0.52 * self.active + 0.6 * self.inputs - 0.11
-        kept = min(max(rule, _LEAST_KEPT), 1.0) if self.kept is None else self.kept
+        # Rules of thumb: more of a block where more of all is used, and the more of its inputs.
+        kept = 0.2 + 0.8 * self.active if self.kept is None else self.kept
+        inputs = min(1.0, 1.2 * kept) if self.inputs is None else self.inputs
         if not gated:
-            return {"inputs": self.inputs, "neurons": min(1.0, 2 * kept - self.inputs)}
-        rest = (3 * kept - self.inputs) / (0.57 * self.inputs + 0.43)
+            return {"inputs": inputs, "neurons": min(1.0, 2 * kept - inputs)}
+        rest = (3 * kept - inputs) / (0.57 * inputs + 0.43)
         gates = min(1.0, 0.57 * rest)
-        neurons = min(gates, 3 * kept - self.inputs * (1 + gates))
-        return {"inputs": self.inputs, "gates": gates, "neurons": neurons}
+        neurons = min(gates, 3 * kept - inputs * (1 + gates))
+        return {"inputs": inputs, "gates": gates, "neurons": neurons}
 
     def options_of_partition(self) -> Any:
         """Settings of the partition, checked."""
