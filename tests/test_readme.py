@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 from moesaic.analysis import summary_rows
+from moesaic.analysis.comparison import entries, ranked
+from moesaic.recipes.comparison import read_protocol
+from moesaic.recipes.comparison.run import gather
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 
 
 def test_the_table_is_the_committed_record():
@@ -105,3 +109,17 @@ def test_what_the_text_says_of_the_demo_is_in_its_record():
     total = dense["cost"]["total_parameters"]
     assert f"a token skips {skipped / 1e6:.0f}M of its {total / 1e6:.0f}M weights" in readme
     assert record["config"]["speed"]["engine_weights"] == "bfloat16"
+
+
+def test_what_half_of_the_weights_loses_is_in_the_committed_comparison():
+    """Every method that was measured after training, best first."""
+    comparison = gather(read_protocol(ROOT / "bench" / "quality.yaml"), [RESULTS / "quality"])
+    methods = [
+        f"{entry.method} {entry.ratio.text()}" for entry in ranked(entries(comparison), 0.5, True)
+    ]
+    readme = (ROOT / "README.md").read_text()
+    said = readme.split("<!-- half: bench/results/quality/results.jsonl -->\n")[1]
+    said = " ".join(said.split("<!-- end -->")[0].split())
+    assert said == f"{', '.join(methods)}."
+    tokens = comparison.protocol["train"]["tokens"]
+    assert f"after the same training on {tokens:,} tokens" in " ".join(readme.split())
