@@ -7,6 +7,7 @@ import pytest
 from test_house import ROOT
 
 from moesaic.analysis import checks
+from moesaic.analysis.comparison import entries, verdict
 from moesaic.recipes.comparison import cell_of, read_lines, read_protocol, write_comparison
 from moesaic.recipes.comparison.measure import resolved
 from moesaic.recipes.comparison.run import gather
@@ -66,6 +67,13 @@ def test_half_active_holds_what_we_ask_of_it():
     best = min(ratio(trained(method, 0.5)) for method in OURS)
     assert best <= 1.35
     assert all(ratio(line) > best for line in done(0.5) if line["method"] not in OURS)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_at_half_active_ours_is_best_beyond_doubt(trained):
+    comparison = gather(PROTOCOL, [HOME])
+    sentence = verdict(entries(comparison), 0.5, trained, comparison.protocol)
+    assert "dsmoe-thresholds is best: " in sentence
 
 
 def test_whole_blocks_are_below_all_but_thresholds():

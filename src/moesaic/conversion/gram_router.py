@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -90,7 +91,6 @@ class BlockErrors:
         experts: Its blocks.
 
     Attributes:
-        own_TE: Squared length of every block's output, scaled, [T, E].
         scale_T1: What a squared error counts, [T, 1].
         down_MD: Down product of the M neurons of all blocks, [M, D].
     """
@@ -98,29 +98,33 @@ class BlockErrors:
     @torch.no_grad()
     def __init__(self, h_TD: Tensor, experts: Experts) -> None:
         weights = experts.weights()
-        down_EFD = weights.down.float().transpose(1, 2).contiguous()
-        self.down_MD = down_EFD.flatten(0, 1)
+        self.down_MD = weights.down.float().transpose(1, 2).flatten(0, 1)
         self.bias_ED = None if weights.down_bias is None else weights.down_bias.float()
-        # The squared length of a block's output, from its neurons alone.
-        gram_EFF = torch.bmm(down_EFD, down_EFD.transpose(1, 2))
         self._a_TEF = _neurons(h_TD, weights)
-        outputs, own = [], []
+        outputs = [a_BEF.flatten(1) @ self.down_MD for a_BEF in self._a_TEF.split(_BATCH)]
+        # What all blocks give together, whatever becomes of them.
+        self._y_TD = torch.cat(outputs)
+        if self.bias_ED is not None:
+            self._y_TD += self.bias_ED.sum(0)
+        self.scale_T1 = token_scale(self._y_TD.square().sum(1))
+
+    @cached_property
+    @torch.no_grad()
+    def own_TE(self) -> Tensor:
+        """Squared length of each block's output, scaled, [T, E], as it is when this is first asked."""
+        down_EFD = self.down_MD.view(*self._a_TEF.shape[1:], -1)
+        gram_EFF = torch.bmm(down_EFD, down_EFD.transpose(1, 2))
+        own = []
         for a_BEF in self._a_TEF.split(_BATCH):
             a_EBF = a_BEF.transpose(0, 1)
             along_EBF = torch.bmm(a_EBF, gram_EFF)
-            y_BD = a_BEF.flatten(1) @ self.down_MD
             if self.bias_ED is not None:
                 along_EBF += 2 * torch.bmm(self.bias_ED.unsqueeze(1), down_EFD.transpose(1, 2))
-                y_BD += self.bias_ED.sum(0)
             own_BE = (along_EBF * a_EBF).sum(2).T
             if self.bias_ED is not None:
                 own_BE = own_BE + self.bias_ED.square().sum(1)
             own.append(own_BE)
-            outputs.append(y_BD)
-        # What all blocks give together, whatever becomes of them.
-        self._y_TD = torch.cat(outputs)
-        self.scale_T1 = token_scale(self._y_TD.square().sum(1))
-        self.own_TE = torch.cat(own) * self.scale_T1
+        return torch.cat(own) * self.scale_T1
 
     @torch.no_grad()
     def see(self, h_TD: Tensor, experts: Experts) -> None:
@@ -177,16 +181,20 @@ class BlockErrors:
         return float((r_BD.square().sum(1) * self.scale_T1[tokens_B, 0]).mean())
 
     @torch.no_grad()
-    def savings(self, tokens_B: Tensor, on_BE: Tensor) -> Tensor:
+    def savings(self, tokens_B: Tensor, on_BE: Tensor, *, rounded: bool = False) -> Tensor:
         """How much lower the error is with a block on than off, the others as they are, [B, E].
 
         Args:
             tokens_B: Which tokens, [B] int64.
             on_BE: Which blocks are on, [B, E] bool.
+            rounded: Whether products may round what they multiply to bfloat16.
         """
         a_BEF = self._a_TEF[tokens_B]
-        r_BD = self._missing(tokens_B, on_BE.to(a_BEF.dtype))
-        along_BEF = (r_BD @ self.down_MD.T).view_as(a_BEF)
+        used_BM = (a_BEF * on_BE.unsqueeze(2)).flatten(1)
+        r_BD = self._y_TD[tokens_B] - _product(used_BM, self.down_MD, rounded=rounded)
+        if self.bias_ED is not None:
+            r_BD -= on_BE.to(r_BD.dtype) @ self.bias_ED
+        along_BEF = _product(r_BD, self.down_MD.T, rounded=rounded).view_as(a_BEF)
         along_BE = along_BEF.mul_(a_BEF).sum(2)
         if self.bias_ED is not None:
             along_BE += r_BD @ self.bias_ED.T
@@ -194,6 +202,12 @@ class BlockErrors:
         own_BE = self.own_TE[tokens_B]
         saved_BE: Tensor = 2 * along_BE * self.scale_T1[tokens_B]
         return saved_BE + torch.where(on_BE, own_BE, -own_BE)
+
+
+def _product(left: Tensor, right: Tensor, *, rounded: bool) -> Tensor:
+    if rounded:
+        return (left.bfloat16() @ right.bfloat16()).float()
+    return left @ right
 
 
 def _neurons(h_TD: Tensor, weights: ExpertWeights) -> Tensor:
@@ -238,12 +252,14 @@ def fit_router(
     bias_E.requires_grad_()
     optimizer = torch.optim.Adam([weight_ED, bias_E], lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    # Savings only steer the fit; where a processor multiplies bfloat16 they take half the time.
+    rounded = torch.cpu._is_avx512_bf16_supported()
     for _ in range(steps):
         tokens_B = torch.randint(num_train, (min(_BATCH, num_train),), generator=generator)
         scores_BE = x_TD[tokens_B] @ weight_ED.T + bias_E
         scores_BE = scores_BE - _shift(scores_BE.detach(), active, router.threshold)
         gates_BE = scores_BE.sigmoid()
-        saved_BE = errors.savings(tokens_B, gates_BE > router.threshold)
+        saved_BE = errors.savings(tokens_B, gates_BE > router.threshold, rounded=rounded)
         price = cut(saved_BE, active)
         optimizer.zero_grad()
         ((price - saved_BE) * gates_BE).sum(1).mean().backward()
