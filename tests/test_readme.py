@@ -111,15 +111,20 @@ def test_what_the_text_says_of_the_demo_is_in_its_record():
     assert record["config"]["speed"]["engine_weights"] == "bfloat16"
 
 
-def test_what_half_of_the_weights_loses_is_in_the_committed_comparison():
-    """Every method that was measured after training, best first."""
+@pytest.mark.parametrize(
+    ("state", "trained", "most"), [("without training", False, 5), ("after training", True, None)]
+)
+def test_what_half_of_the_weights_loses_is_in_the_committed_comparison(state, trained, most):
     comparison = gather(read_protocol(ROOT / "bench" / "quality.yaml"), [RESULTS / "quality"])
-    methods = [
-        f"{entry.method} {entry.ratio.text()}" for entry in ranked(entries(comparison), 0.5, True)
-    ]
+    order = ranked(entries(comparison), 0.5, trained)
     readme = (ROOT / "README.md").read_text()
-    said = readme.split("<!-- half: bench/results/quality/results.jsonl -->\n")[1]
+    said = readme.split(f"<!-- half, {state}: bench/results/quality/results.jsonl -->\n")[1]
     said = " ".join(said.split("<!-- end -->")[0].split())
+    methods = [f"{entry.method} {entry.ratio.text()}" for entry in order[:most]]
     assert said == f"{', '.join(methods)}."
-    tokens = comparison.protocol["train"]["tokens"]
-    assert f"after the same training on {tokens:,} tokens" in " ".join(readme.split())
+    if trained:
+        tokens = comparison.protocol["train"]["tokens"]
+        assert f"after the same training on {tokens:,} tokens" in " ".join(readme.split())
+    else:
+        assert len(order) == 12
+        assert "the first five of twelve methods without training" in " ".join(readme.split())

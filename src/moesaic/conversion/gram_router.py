@@ -37,15 +37,14 @@ FRACTIONS = tuple(round(0.05 * step, 2) for step in range(2, 21))
 _MAX_NEURONS = 1 << 27
 _BATCH = 512
 _LEARNING_RATE = 3e-3
-# Part of the tokens that sets the final shift and measures the fit.
+# Part of the tokens, and at most so many, that set the final shift and measure the fit.
 _HELD = 0.25
-# Tokens that every one of `FRACTIONS` is measured on: they are the same ones, so curves are smooth.
-_MEASURED = 1024
+_MOST_HELD = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Tokens to fit a layer to, shuffled; the last quarter is for measuring.
+    """Tokens to fit a layer to, shuffled; a quarter, at most 1,024, is for measuring.
 
     Attributes:
         h_TD: Inputs of the layer, [T, D] float32.
@@ -70,7 +69,8 @@ class Sample:
         most = _MAX_NEURONS // num_neurons
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(h_TD.shape[0], generator=generator)[:most]
-        return cls(h_TD[order].float(), max(1, int(len(order) * (1 - _HELD))))
+        num_train = max(1, int(len(order) * (1 - _HELD)))
+        return cls(h_TD[order[: num_train + _MOST_HELD]].float(), num_train)
 
     @property
     def held_B(self) -> Tensor:
@@ -111,7 +111,7 @@ class BlockErrors:
     @cached_property
     @torch.no_grad()
     def own_TE(self) -> Tensor:
-        """Squared length of each block's output, scaled, [T, E], as it is when this is first asked."""
+        """Squared length of each block's output, scaled, [T, E], as it is when first asked."""
         down_EFD = self.down_MD.view(*self._a_TEF.shape[1:], -1)
         gram_EFF = torch.bmm(down_EFD, down_EFD.transpose(1, 2))
         own = []
@@ -272,7 +272,7 @@ def fit_router(
         folded_ED = weight_ED @ whiten_DD
         router.weight.copy_(folded_ED)
         router.bias.copy_(bias_E - shift - folded_ED @ mean_D)
-        return _measure(router, held_BE[:_MEASURED], errors, sample.held_B[:_MEASURED])
+        return _measure(router, held_BE, errors, sample.held_B)
 
 
 @torch.no_grad()
