@@ -70,9 +70,14 @@ def test_only_what_is_alike_is_paired():
         line("c", np.zeros(12), trained=True),
         line("d", np.zeros(12), status="error"),
     ]
-    without = line("e", np.zeros(12))
-    del without["losses"]
-    assert paired([*lines, without], QualityConfig()) == []
+    assert paired(lines, QualityConfig()) == []
+
+
+def test_one_seed_without_losses_takes_a_method_out():
+    lines = [line("a", np.zeros(12)), line("b", np.ones(12)), line("b", np.ones(12), seed=1)]
+    assert len(paired(lines, QualityConfig())) == 2
+    del lines[-1]["losses"]
+    assert paired(lines, QualityConfig()) == []
 
 
 def test_pairs_settle_a_verdict_that_intervals_leave_open():

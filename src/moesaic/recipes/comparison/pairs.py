@@ -19,30 +19,37 @@ def paired(lines: Iterable[Mapping[str, Any]], config: QualityConfig) -> list[Pa
     """Pair every two methods at the same budget, with the same training.
 
     Args:
-        lines: Results of cells. Those that do not hold what each block lost are left out.
+        lines: Results of cells. A method whose lines do not all hold what each block lost is left
+            out of its budget.
         config: Resamples and seed of the bootstrap.
 
     Returns:
         For each pair in either order, the lower end of the 95% interval of how much more the one
         loses than the other, the lowest that their seeds give.
     """
-    groups: dict[tuple[float, bool], dict[str, list[BlockLosses]]] = {}
+    seeds: dict[tuple[float, bool], dict[str, list[Mapping[str, Any]]]] = {}
     for line in lines:
-        if line["status"] == "done" and "losses" in line:
-            group = groups.setdefault((line["active"], line["trained"]), {})
-            losses = BlockLosses.from_plain(line["losses"])
-            group.setdefault(line["method"], []).append(losses)
-    return [
-        Pair(
-            method=ahead,
-            other=behind,
-            budget=budget,
-            trained=trained,
-            low=_lowest(group[behind], group[ahead], config),
-        )
-        for (budget, trained), group in groups.items()
-        for ahead, behind in permutations(group, 2)
-    ]
+        if line["status"] == "done":
+            group = seeds.setdefault((line["active"], line["trained"]), {})
+            group.setdefault(line["method"], []).append(line)
+    pairs = []
+    for (budget, trained), group in seeds.items():
+        losses = {
+            method: [BlockLosses.from_plain(line["losses"]) for line in done]
+            for method, done in group.items()
+            if all("losses" in line for line in done)
+        }
+        pairs += [
+            Pair(
+                method=ahead,
+                other=behind,
+                budget=budget,
+                trained=trained,
+                low=_lowest(losses[behind], losses[ahead], config),
+            )
+            for ahead, behind in permutations(losses, 2)
+        ]
+    return pairs
 
 
 def _lowest(
