@@ -70,7 +70,7 @@ def test_half_active_holds_what_we_ask_of_it():
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_at_half_active_ours_is_best_beyond_doubt(trained):
+def test_at_half_active_ours_is_best_on_the_same_text(trained):
     comparison = gather(PROTOCOL, [HOME])
     sentence = verdict(entries(comparison), 0.5, trained, comparison.protocol)
     assert "dsmoe-thresholds is best: " in sentence
