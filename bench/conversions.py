@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moesaic._files import read_json, write_json
 from moesaic.evaluation.machine import machine_info, source_commit
 from moesaic.recipes.comparison.protocol import Method, Protocol, read_protocol
 
@@ -71,10 +72,10 @@ def measure_all(protocol: Protocol, active: float, names: Iterable[str], out: Pa
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         print(f"{name}: {entry['seconds']:.0f} s, {entry['peak_bytes'] / 1e9:.2f} GB", flush=True)
-        kept = json.loads(out.read_text("utf-8"))["rows"] if out.is_file() else []
+        kept = read_json(out)["rows"] if out.is_file() else []
         rows = [row for row in kept if row["method"] != name] + [entry]
-        document = {"model": protocol.model, "rows": sorted(rows, key=lambda row: row["method"])}
-        out.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+        rows.sort(key=lambda row: row["method"])
+        write_json(out, {"model": protocol.model, "rows": rows})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -178,7 +178,7 @@ def test_thresholds_of_inputs_count_too(tmp_path):
     assert moe_layers(model)[0].experts.expected_share() == pytest.approx(0.7)
 
 
-@pytest.mark.parametrize("kept", [0.4, 0.6, 0.75, 0.9, 0.99])
+@pytest.mark.parametrize("kept", [0.6, 0.75, 0.9, 0.99])
 @pytest.mark.parametrize("inputs", [0.6, 1.0, None])
 def test_kept_parts_add_up(kept, inputs):
     config = DSMoE(kept=kept, inputs=inputs)
@@ -187,6 +187,14 @@ def test_kept_parts_add_up(kept, inputs):
     assert parts["inputs"] == (min(1.0, 1.2 * kept) if inputs is None else inputs)
     total = (parts["inputs"] * (1 + parts["gates"]) + parts["neurons"]) / 3
     assert total == pytest.approx(min(kept, (2 * parts["inputs"] + 1) / 3))
+
+
+@pytest.mark.parametrize("inputs", [None, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("active", [0.1, 0.25, 0.5, 0.75, 0.97])
+def test_what_is_left_to_the_budget_leaves_something_of_every_part(active, inputs):
+    for gated in (True, False):
+        parts = DSMoE(active=active, kept=None, inputs=inputs).kept_parts(gated=gated)
+        assert all(0 < part <= 1 for part in parts.values())
 
 
 @pytest.mark.parametrize("active", [0.1, 0.25, 0.5, 0.75, 0.97])
@@ -270,11 +278,11 @@ def test_bfloat16_stays_bfloat16(tmp_path):
         ({"partition_options": {"scal": 1}}, "did you mean scale"),
         ({"seed": -1}, "seed must be at least 0"),
         (
-            {"kept": 0.3},
-            r"kept must be in \[0.4, 1\] and inputs in \(0, 1\], got 0.3 and 1.0; 1 keeps",
+            {"kept": 0.59},
+            r"inputs must be in \(0, 1\] and kept in \[0.2 \+ 0.4 \* inputs, 1\], got 1.0 and 0.59",
         ),
-        ({"kept": 0.0}, r"kept must be in \[0.4, 1\] and inputs in \(0, 1\], got 0.0 and 1.0"),
-        ({"inputs": 0.0}, r"kept must be in \[0.4, 1\] and inputs in \(0, 1\], got 1.0 and 0.0"),
+        ({"kept": 0.0}, r"kept in \[0.2 \+ 0.4 \* inputs, 1\], got 1.0 and 0.0; 1 keeps all"),
+        ({"inputs": 0.0}, r"inputs must be in \(0, 1\] and .* got 0.0 and 1.0"),
         ({"kept": 0.7, "init": "open"}, "kept and inputs must be 1 unless init is 'gram' and comp"),
         (
             {"router": SigmoidThresholdConfig(threshold=0.0, value="one", bias=True)},

@@ -46,9 +46,6 @@ from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold, SigmoidThresholdConfig
 from moesaic.nn.shape import layer_shape, layer_shapes
 
-# Below, a block that reads all of its inputs would use little more than its gates.
-_LEAST_KEPT = 0.4
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DSMoE:
@@ -135,11 +132,11 @@ class DSMoE:
                 "kept and inputs must be 1 unless init is 'gram' and compensate false, got "
                 f"{self.kept} and {self.inputs} with init {self.init!r}"
             )
-        kept, inputs = (1.0 if part is None else part for part in (self.kept, self.inputs))
-        if not 0.0 < inputs <= 1.0 or not _LEAST_KEPT <= kept <= 1.0:
+        kept, inputs = self._kept_and_inputs()
+        if not 0.0 < inputs <= 1.0 or not _least_kept(inputs) <= kept <= 1.0:
             raise InputError(
-                f"kept must be in [{_LEAST_KEPT}, 1] and inputs in (0, 1], got {self.kept} and "
-                f"{self.inputs}; 1 keeps all"
+                "inputs must be in (0, 1] and kept in [0.2 + 0.4 * inputs, 1], got "
+                f"{self.inputs} and {self.kept}; 1 keeps all"
             )
         if self.compensate and self.router.normalize != "none":
             raise InputError(
@@ -173,15 +170,21 @@ class DSMoE:
         """
         if self.active == 1.0 or self.kept == self.inputs == 1.0:
             return {}
-        # Rules of thumb: more of a block where more of all is used, and the more of its inputs.
-        kept = 0.2 + 0.8 * self.active if self.kept is None else self.kept
-        inputs = min(1.0, 1.2 * kept) if self.inputs is None else self.inputs
+        kept, inputs = self._kept_and_inputs()
         if not gated:
             return {"inputs": inputs, "neurons": min(1.0, 2 * kept - inputs)}
         rest = (3 * kept - inputs) / (0.57 * inputs + 0.43)
         gates = min(1.0, 0.57 * rest)
         neurons = min(gates, 3 * kept - inputs * (1 + gates))
         return {"inputs": inputs, "gates": gates, "neurons": neurons}
+
+    def _kept_and_inputs(self) -> tuple[float, float]:
+        """By rules of thumb where they are left open: more of a block where more of all is used."""
+        kept = self.kept
+        if kept is None:
+            least = _least_kept(0.5 if self.inputs is None else self.inputs)
+            kept = max(0.2 + 0.8 * self.active, least)
+        return kept, min(1.0, 1.2 * kept) if self.inputs is None else self.inputs
 
     def options_of_partition(self) -> Any:
         """Settings of the partition, checked."""
@@ -197,6 +200,11 @@ class DSMoE:
         if self.compensate:
             needs.add("neurons")
         return tuple(sorted(needs))
+
+
+def _least_kept(inputs: float) -> float:
+    """Below, a block that is on would use little more than what its inputs meet."""
+    return round(0.2 + 0.4 * inputs, 6)
 
 
 PRESETS: dict[str, DSMoE] = {

@@ -252,7 +252,7 @@ def fit_router(
     bias_E.requires_grad_()
     optimizer = torch.optim.Adam([weight_ED, bias_E], lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    # Savings only steer the fit; where a processor multiplies bfloat16 they take half the time.
+    # Savings only steer the fit, so they are rounded where a processor multiplies bfloat16.
     rounded = torch.cpu._is_avx512_bf16_supported()
     for _ in range(steps):
         tokens_B = torch.randint(num_train, (min(_BATCH, num_train),), generator=generator)

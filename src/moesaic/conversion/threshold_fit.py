@@ -18,8 +18,7 @@ from moesaic.conversion.gram_router import cut
 from moesaic.nn.experts.thresholded import Thresholded
 from moesaic.ops.weights import activation
 
-# Neurons times tokens that are looked at: bounds what exists of them to 12 MB, and places a part
-# of them to a thousandth.
+# Neurons times tokens that are looked at: bounds what exists of them to 12 MB.
 _MAX_NEURONS = 3 << 20
 _TINY = 1e-30
 
