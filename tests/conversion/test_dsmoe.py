@@ -116,7 +116,7 @@ def test_a_bypass_counts_into_the_budget_and_brings_the_model_nearer(case, tmp_p
 
 @torch.no_grad()
 def test_a_refit_brings_the_model_nearer_and_is_no_longer_its_parent(tmp_path):
-    config = DSMoE(experts=4, active=0.6, fit_steps=10, allocation="uniform", bypass=0, kept=1.0)
+    config = DSMoE(experts=4, active=0.6, fit_steps=10, allocation="uniform", bypass=0, seed=3)
     stats = stats_for(config, tmp_path)
     ids_NS = stats.whole()["tokens.ids_NS"].long()
     dense = dense_model(LLAMA)(ids_NS).logits

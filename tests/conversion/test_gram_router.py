@@ -79,13 +79,25 @@ def test_savings_are_what_switching_one_block_changes(biased):
     on_TE = torch.rand(20, E) < 0.5
     errors, all_T = BlockErrors(h_TD, experts), torch.arange(20)
     saved_TE = errors.savings(all_T, on_TE)
-    rounded_TE = errors.savings(all_T, on_TE, rounded=True)
-    assert 0 < (rounded_TE - saved_TE).abs().max() < 0.02 * saved_TE.abs().max()
     for e in range(E):
         with_TE, without_TE = on_TE.clone(), on_TE.clone()
         with_TE[:, e], without_TE[:, e] = True, False
         want_T = scaled_error(o_TED, without_TE.float()) - scaled_error(o_TED, with_TE.float())
         torch.testing.assert_close(saved_TE[:, e], want_T, rtol=1e-4, atol=1e-4)
+
+
+@biased
+@torch.no_grad()
+def test_rounding_is_little_beside_what_is_measured(biased):
+    experts, h_TD = make_experts(down_bias=biased), torch.randn(20, D)
+    exact, rounded = (BlockErrors(h_TD, experts, rounded=rounded) for rounded in (False, True))
+    all_T, on_TE = torch.arange(20), torch.rand(20, E) < 0.5
+    assert rounded.error(all_T, torch.ones(20, E)) == pytest.approx(0, abs=1e-5)
+    error = exact.error(all_T, on_TE.float())
+    assert 0 < abs(rounded.error(all_T, on_TE.float()) - error) < 0.01 * error
+    saved_TE = exact.savings(all_T, on_TE)
+    gap_TE = (rounded.savings(all_T, on_TE) - saved_TE).abs()
+    assert 0 < gap_TE.max() < 0.02 * saved_TE.abs().max()
 
 
 @pytest.mark.parametrize("active", [0.3, 0.5, 0.75])

@@ -38,8 +38,8 @@ def fit_down(experts: Experts, errors: BlockErrors, tokens_B: Tensor, weights_BE
     for part_B, parts_BE, share_B1 in errors.batches(tokens_B, weights_BE, count_B1):
         x_BM = errors.weighted(part_B, parts_BE)
         scaled_MB = (x_BM * share_B1).T
-        gram_MM.addmm_(scaled_MB, x_BM)
-        cross_MD.addmm_(scaled_MB, errors.missing(part_B, parts_BE))
+        gram_MM += errors.product(scaled_MB, x_BM)
+        cross_MD += errors.product(scaled_MB, errors.missing(part_B, parts_BE))
     squares_M = gram_MM.diagonal().double()
     # A neuron that is never on stays as it is.
     ridge_M = _RIDGE * num_neurons / len(tokens_B) * squares_M + 1e-6 * squares_M.mean() + 1e-30

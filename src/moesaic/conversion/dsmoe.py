@@ -35,6 +35,7 @@ from moesaic.conversion.gram_router import (
     Sample,
     fit_router,
     move_bias,
+    rounds,
 )
 from moesaic.conversion.partition._base import validate_num_experts
 from moesaic.conversion.partition._settings import partition_collectors, partition_settings
@@ -338,7 +339,7 @@ def _settle_layer(moe: MoELayer, h_TD: Tensor, share: float, config: DSMoE) -> f
     scores_TE = move_bias(moe.router, sample.h_TD, share)
     if isinstance(moe.experts, Thresholded):
         moe.experts.set_thresholds(0.0, 0.0)
-    errors = BlockErrors(sample.h_TD, moe.experts)
+    errors = BlockErrors(sample.h_TD, moe.experts, rounded=rounds())
     weights_TE = moe.router.decide(scores_TE).weights_TE()
     train = torch.arange(sample.num_train)
     if isinstance(moe.experts, Thresholded):
