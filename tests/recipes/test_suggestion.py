@@ -1,6 +1,7 @@
 """Advice before work: what it reads, what it predicts, what it says, and what it leaves."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,9 +26,9 @@ from moesaic.recipes.comparison import (
 )
 from moesaic.recipes.comparison.process import do_piece
 from moesaic.recipes.suggestion import TrialConfig, suggest_cells
-from moesaic.recipes.suggestion.reading import unseen_blocks
-from moesaic.recipes.suggestion.run import checked_budgets
-from moesaic.recipes.suggestion.trials import Fitted, Parent
+from moesaic.recipes.suggestion.reading import Reading, unseen_blocks
+from moesaic.recipes.suggestion.run import checked_budgets, predict
+from moesaic.recipes.suggestion.trials import Fitted, Parent, Placed, Trial
 
 TRIALS = TrialConfig(first_blocks=4, most_blocks=16, fit_steps=3, fit_tokens=512)
 
@@ -170,6 +171,45 @@ def test_one_fit_settles_on_one_budget_after_the_other(root, tmp_path, bypass, r
     for name, value in first.items():
         torch.testing.assert_close(again[name], value)
     assert any(not torch.equal(other[name], value) for name, value in first.items())
+
+
+def test_a_short_fit_is_held_to_what_a_few_layers_lose_in_full(root, tmp_path):
+    dense = load_dense(str(root / "dense"))
+    config = DSMoE(experts=8, fit_steps=30, active=0.5)
+    stats = mo.calibrate(
+        dense, split(root).train, config.collectors(), mo.CalibrationConfig(tokens=2048), tmp_path
+    )
+
+    def in_full(**trials):
+        parent = Parent(dense=dense, stats=stats, config=TrialConfig(**trials))
+        with parent.fitted(config).at(0.5) as placed:
+            return placed.in_full
+
+    # A trial that is the method itself loses what that does, one of fewer tokens more.
+    assert in_full(fit_steps=30, fit_tokens=2048) == pytest.approx(1.0, abs=1e-6)
+    assert 0.3 < in_full(fit_steps=1, fit_tokens=128) < 0.95
+
+
+def test_what_a_trial_loses_is_counted_as_in_full(root):
+    dense = load_dense(str(root / "dense"))
+    broken = load_dense(str(root / "dense"))
+    with torch.no_grad():
+        broken.lm_head.weight.mul_(0.5)
+    reading = Reading(dense, split(root).train, 4, 0, TRIALS)
+
+    def trial(in_full):
+        return Trial(
+            name="made",
+            kind="convert",
+            static=False,
+            at=lambda budget: nullcontext(Placed(broken, active=budget, in_full=in_full)),
+        )
+
+    (whole,), (half,) = (predict([(trial(part), 0.5)], reading, dense) for part in (1.0, 0.5))
+    assert whole.ratio > 1.1
+    assert (half.low, half.ratio, half.high) == pytest.approx(
+        (whole.low**0.5, whole.ratio**0.5, whole.high**0.5)
+    )
 
 
 def test_thinned_statistics_keep_means(root, tmp_path):

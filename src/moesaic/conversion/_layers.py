@@ -46,6 +46,14 @@ class Cut:
     measured: Mapping[str, Tensor] = field(default_factory=dict)
     order_N: Tensor | None = None
 
+    @classmethod
+    def begin(cls, index: int, ffn: FFN, spec: LayerConfig) -> Cut:
+        """Make the layer that a network is cut into."""
+        # What is drawn here is overwritten; the caller's random numbers must not move.
+        with torch.random.fork_rng(devices=[]):
+            moe = MoELayer(ffn.up_FD.shape[1], spec).to(ffn.up_FD.dtype)
+        return cls(index=index, ffn=ffn, moe=moe)
+
     def fill(self, order_N: Tensor) -> None:
         """Write neurons into the layer: the shared ones first, then expert by expert.
 
@@ -184,11 +192,8 @@ def convert_layers(
     with progress.stage("convert", len(layers), "layers") as stage:
         for index, (layer, spec) in enumerate(zip(layers, specs, strict=True)):
             ffn = read_ffn(layer, row, activation)
-            # What is drawn here is overwritten; the caller's random numbers must not move.
-            with torch.random.fork_rng(devices=[]):
-                moe = MoELayer(dim, spec).to(ffn.up_FD.dtype)
+            cut = Cut.begin(index, ffn, spec)
             file = None if store is None else store / f"layer_{index:03d}.safetensors"
-            cut = Cut(index=index, ffn=ffn, moe=moe)
             if file is not None and file.is_file():
                 kept.append(_take_up(cut, load_file(file)))
             else:
@@ -198,7 +203,7 @@ def convert_layers(
                 if file is not None:
                     _keep(cut, kept[-1], file)
             exact = exact and cut.exact
-            put_layer(layer, row, moe.to(ffn.up_FD.device).eval())
+            put_layer(layer, row, cut.moe.to(ffn.up_FD.device).eval())
             stage.advance()
     # Tells training whether the model holds its own teacher.
     model.config.moesaic["exact"] = exact

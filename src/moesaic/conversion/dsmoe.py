@@ -41,7 +41,8 @@ from moesaic.conversion.partition._base import validate_num_experts
 from moesaic.conversion.partition._settings import partition_collectors, partition_settings
 from moesaic.conversion.partition._table import PARTITIONS
 from moesaic.conversion.threshold_fit import fit_thresholds
-from moesaic.models.ffn import FFN, dense_ffn_width
+from moesaic.models.architectures import dense_architecture
+from moesaic.models.ffn import FFN, decoder_layers, dense_ffn_width, read_ffn
 from moesaic.nn.experts.thresholded import Thresholded
 from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold, SigmoidThresholdConfig
@@ -307,8 +308,7 @@ def settle(
     layers = moe_layers(model)
     for layer, plain in zip(layers, model.config.moesaic["layers"], strict=True):
         if isinstance(layer.experts, Thresholded):
-            gated = layer.experts.gate_threshold is not None
-            layer.experts.keep(**config.kept_parts(gated=gated))
+            _keep_parts(layer.experts, config)
             plain["experts_options"] = layer.experts.kept_options()
     shares = [shape.experts_on(config.active) for shape in layer_shapes(model, width)]
     if config.allocation == "sensitivity":
@@ -327,6 +327,48 @@ def settle(
         ],
         "error_per_layer": [round(error, 5) for error in left],
     }
+
+
+@torch.no_grad()
+def settled_error(
+    model: PreTrainedModel,
+    index: int,
+    stats: CalibrationStats,
+    config: DSMoE,
+    *,
+    fitted: MoELayer | None = None,
+) -> float:
+    """What one layer alone loses, converted and settled on what reaches it in the dense model.
+
+    Args:
+        model: The dense model, which stays as it is.
+        index: Of the layer.
+        stats: Its calibration.
+        config: Settings, whose `init` is `gram`; the layer uses the part `active`.
+        fitted: The layer as `fit_dsmoe` made it from the same calibration, to be settled again, in
+            place; it is fitted here if not given.
+
+    Returns:
+        The error that `settle` gives.
+    """
+    row = dense_architecture(model.config.model_type)
+    ffn = read_ffn(decoder_layers(model)[index], row, getattr(model.config, row.activation))
+    measured = stats.layer(index)
+    if fitted is None:
+        cut = Cut.begin(index, ffn, _describe(ffn, config))
+        cut.measured = measured
+        _convert_layer(cut, config)
+        fitted = cut.moe
+    if isinstance(fitted.experts, Thresholded):
+        _keep_parts(fitted.experts, config)
+    share = layer_shape(fitted, ffn.width).experts_on(config.active)
+    h_TD = measured["inputs.h_TD"].to(ffn.up_FD.dtype)
+    return _settle_layer(fitted.to(h_TD.device), h_TD, share, config)
+
+
+def _keep_parts(experts: Thresholded, config: DSMoE) -> None:
+    gated = experts.gate_threshold is not None
+    experts.keep(**config.kept_parts(gated=gated))
 
 
 @torch.no_grad()

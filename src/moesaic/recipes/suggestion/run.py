@@ -210,7 +210,7 @@ def predict(
                 "budget": budget,
             }
             try:
-                with trial.at(budget) as (model, active):
+                with trial.at(budget) as (model, active, in_full):
                     # Bounds are slow, and there for orientation.
                     lost = reading.measure(
                         model, f"{trial.name} at {budget:g}", once=trial.kind == BOUND
@@ -226,9 +226,9 @@ def predict(
                 found.append(
                     Prediction(
                         **about,
-                        ratio=lost.ratio.value,
-                        low=lost.ratio.low,
-                        high=lost.ratio.high,
+                        ratio=lost.ratio.value**in_full,
+                        low=lost.ratio.low**in_full,
+                        high=lost.ratio.high**in_full,
                         active=round(measured, 4),
                         blocks=lost.blocks,
                     )

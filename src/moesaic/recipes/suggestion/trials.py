@@ -2,7 +2,8 @@
 
 Most are simply applied, to a copy of the parent and with fewer calibration tokens. DSMoE, whose
 routers are what takes time, has them fitted once, in few steps and at half of the network; its
-layers are then settled on every budget.
+layers are then settled on every budget. How much more so short a fit loses is measured on a few
+layers that are fitted in full as well: to first order a model loses the sum of what its layers do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from moesaic._config import to_plain
 from moesaic._progress import SILENT, Progress
 from moesaic.calibration import CalibrationStats
-from moesaic.conversion.dsmoe import DSMoE, fit_dsmoe, settle
+from moesaic.conversion.dsmoe import DSMoE, fit_dsmoe, settle, settled_error
 from moesaic.evaluation import block_bound, neuron_bound
 from moesaic.nn.experts.thresholded import Thresholded
 from moesaic.nn.layer import moe_layers
@@ -31,6 +32,8 @@ from moesaic.recipes.suggestion.reading import TrialConfig
 
 # Where routers are fitted that then settle on every budget.
 _FIT_AT = 0.5
+# Layers that are fitted in full as well, evenly spaced.
+_IN_FULL = 3
 
 
 class Placed(NamedTuple):
@@ -39,10 +42,12 @@ class Placed(NamedTuple):
     Attributes:
         model: To be measured while it is in place.
         active: The active fraction that the method says it has; none if it does not say.
+        in_full: What the method loses in full over what the trial does, in nats.
     """
 
     model: PreTrainedModel
-    active: float | None
+    active: float | None = None
+    in_full: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,12 +111,10 @@ class Parent:
 
     def fitted(self, config: DSMoE) -> Fitted:
         """DSMoE with some settings, fitted once for all budgets."""
-        short = dataclasses.replace(
-            config, active=_FIT_AT, fit_steps=min(config.fit_steps, self.config.fit_steps)
-        )
-        key = json.dumps(to_plain(short), sort_keys=True)
+        config = dataclasses.replace(config, active=_FIT_AT)
+        key = json.dumps(to_plain(config), sort_keys=True)
         if key not in self._fitted:
-            self._fitted[key] = Fitted(self, short)
+            self._fitted[key] = Fitted(self, config)
         return self._fitted[key]
 
     @cached_property
@@ -145,27 +148,30 @@ class Fitted:
 
     Args:
         parent: What it is made of.
-        config: Settings, those of the fit included.
+        config: Settings, those of a fit in full.
     """
 
     def __init__(self, parent: Parent, config: DSMoE) -> None:
-        self.config = config
         assert parent.stats is not None
+        self.parent, self.full = parent, config
+        steps = min(config.fit_steps, parent.config.fit_steps)
+        self.short = dataclasses.replace(config, fit_steps=steps)
         self.stats = parent.stats.thinned(parent.config.fit_tokens)
         self.model = copy.deepcopy(parent.dense)
         self.fits: list[tuple[float, ...]] = fit_dsmoe(
-            self.model, self.stats, config, progress=parent.progress
+            self.model, self.stats, self.short, progress=parent.progress
         )
 
     @contextmanager
     def at(self, budget: float) -> Iterator[Placed]:
         """Settle the layers on a budget."""
+        in_full = self._in_full(budget)
         # What blocks make of their input; the rest of what settling writes it does not read.
         parts = [layer.experts for layer in moe_layers(self.model) if layer.experts]
         before = [part.weights().down.detach().clone() for part in parts]
-        settle(self.model, self.fits, self.stats, dataclasses.replace(self.config, active=budget))
+        settle(self.model, self.fits, self.stats, dataclasses.replace(self.short, active=budget))
         try:
-            yield Placed(self.model, None)
+            yield Placed(self.model, in_full=in_full)
         finally:
             with torch.no_grad():
                 for part, down_EDF in zip(parts, before, strict=True):
@@ -173,3 +179,20 @@ class Fitted:
                     if isinstance(part, Thresholded):
                         part.set_thresholds(0.0, 0.0)
                         part.keep()
+
+    def _in_full(self, budget: float) -> float:
+        """What a few layers lose fitted in full over what they lose fitted shortly."""
+        dense, stats = self.parent.dense, self.parent.stats
+        assert stats is not None
+        full, short = (
+            dataclasses.replace(config, active=budget) for config in (self.full, self.short)
+        )
+        layers = moe_layers(self.model)
+        some = range(len(layers) // (2 * _IN_FULL), len(layers), -(-len(layers) // _IN_FULL))
+        lost = lost_shortly = 0.0
+        for index in some:
+            lost += settled_error(dense, index, stats, full)
+            layer = copy.deepcopy(layers[index])
+            lost_shortly += settled_error(dense, index, self.stats, short, fitted=layer)
+        # Neither is lost where a budget is so high that all blocks are on.
+        return lost / lost_shortly if lost_shortly else 1.0
