@@ -1,6 +1,5 @@
 """The committed comparison: measured by the committed protocol, told as it was measured."""
 
-import json
 import shutil
 
 import pytest
@@ -9,8 +8,7 @@ from test_house import ROOT
 from moesaic.analysis import checks
 from moesaic.analysis.comparison import entries, verdict
 from moesaic.recipes.comparison import cell_of, read_lines, read_protocol, write_comparison
-from moesaic.recipes.comparison.measure import resolved
-from moesaic.recipes.comparison.run import gather
+from moesaic.recipes.comparison.run import gather, grid_of
 
 HOME = ROOT / "bench" / "results" / "quality"
 PROTOCOL = read_protocol(ROOT / "bench" / "quality.yaml")
@@ -38,8 +36,7 @@ def done(active):
 @pytest.mark.parametrize("cell", LINES, ids=lambda cell: cell.key)
 def test_cells_were_measured_by_the_committed_protocol_from_a_clean_tree(cell):
     line = LINES[cell]
-    settings = json.loads(json.dumps(resolved(PROTOCOL, cell)))
-    assert {name: line[name] for name in settings} == settings
+    assert grid_of(PROTOCOL).is_current(cell, line)
     assert line["versions"]["commit"]
     assert "-dirty" not in line["versions"]["commit"]
 

@@ -14,6 +14,17 @@ from moesaic._registry import MethodTable, unknown_name
 T = TypeVar("T")
 
 
+def plain_defaults(cls: type) -> dict[str, Any]:
+    """What the fields of a config dataclass are if they are not given, as plain data."""
+    defaults = {}
+    for field in dataclasses.fields(cls):
+        if field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = to_plain(field.default_factory())
+        elif field.default is not dataclasses.MISSING:
+            defaults[field.name] = to_plain(field.default)
+    return defaults
+
+
 def build_config(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     """Build a config dataclass from plain data; unknown keys and wrong kinds are errors.
 

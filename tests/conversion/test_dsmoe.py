@@ -114,6 +114,73 @@ def test_a_bypass_counts_into_the_budget_and_brings_the_model_nearer(case, tmp_p
         torch.testing.assert_close(model(ids_NS).logits, dense, atol=1e-4, rtol=1e-4)
 
 
+SHARED = pytest.mark.parametrize(
+    "case", [LLAMA, Case("llama", {"mlp_bias": True}), Case("opt", {})], ids=str
+)
+
+
+@torch.no_grad()
+@SHARED
+@pytest.mark.parametrize("options", [{"init": "open"}, {"init": "open", "compensate": True}, {}])
+def test_shared_blocks_are_those_that_add_most(case, options, tmp_path):
+    config = DSMoE(experts=8, shared=3, active=0.7, fit_steps=5, refit=False, **options)
+    stats = stats_for(config, tmp_path, case)
+    ids_NS = stats.whole()["tokens.ids_NS"].long() if not options else random_ids()
+    dense = dense_model(case)
+    want = dense(ids_NS).logits
+    row = architecture_of(dense.config.model_type)
+    ffns = [
+        read_ffn(layer, row, getattr(dense.config, row.activation))
+        for layer in decoder_layers(dense)
+    ]
+    downs = [(ffn, ffn.down_DF.clone(), ffn.up_FD.clone()) for ffn in ffns]
+    neurons = [
+        ffn.neurons(stats.layer(i)["inputs.h_TD"].float()).clone() for i, ffn in enumerate(ffns)
+    ]
+    model, _ = convert_dsmoe(dense, stats, config)
+    with all_experts_on(model):
+        torch.testing.assert_close(model(ids_NS).logits, want, atol=1e-4, rtol=1e-4)
+    for moe, a_TF, (_, down_DF, up_FD) in zip(moe_layers(model), neurons, downs, strict=True):
+        assert (moe.config.num_experts, moe.config.shared_width) == (5, up_FD.shape[0] * 3 // 8)
+        rows = [
+            part.weights().up[:, -part.width :].flatten(0, 1) for part in (moe.shared, moe.experts)
+        ]
+        order_F = torch.stack([(up_FD == row).all(1).nonzero()[0, 0] for row in torch.cat(rows)])
+        y_T = (a_TF @ down_DF.T).square().sum(1)
+        scale_T = (y_T.clamp(min=y_T.median()) * y_T.median()).rsqrt()
+        energy_E = torch.stack(
+            [
+                ((a_TF[:, block] @ down_DF[:, block].T).square().sum(1) * scale_T).sum()
+                for block in order_F.view(8, -1)
+            ]
+        )
+        assert energy_E[:3].min() > energy_E[3:].max()
+
+
+@torch.no_grad()
+@SHARED
+@pytest.mark.parametrize("kept", [1.0, None])
+def test_shared_blocks_count_into_the_budget(case, kept, tmp_path):
+    config = DSMoE(
+        experts=8, shared=2, active=0.6, fit_steps=5, allocation="uniform", kept=kept, inputs=kept
+    )
+    stats = stats_for(config, tmp_path, case)
+    model, results = convert_dsmoe(dense_model(case), stats, config)
+    assert sum(results["active_per_layer"]) / LAYERS == pytest.approx(0.6, abs=1e-3)
+    ids_NS = stats.whole()["tokens.ids_NS"].long()
+    meter = ActivityMeter(model, dense_ffn_width(model.config))
+    with meter.reading("text", ids_NS.numel()):
+        model(ids_NS)
+    assert meter.result().mean() == pytest.approx(0.6, abs=0.03)
+
+
+def test_shared_blocks_that_leave_no_room_are_refused(tmp_path):
+    config = DSMoE(experts=16, shared=8, active=0.53, bypass=0, fit_steps=3)
+    stats = stats_for(config, tmp_path)
+    with pytest.raises(InputError, match=r"shared=8 of 16 blocks leaves less than 0.1 of the oth"):
+        convert_dsmoe(dense_model(LLAMA), stats, config)
+
+
 @torch.no_grad()
 def test_a_refit_brings_the_model_nearer_and_is_no_longer_its_parent(tmp_path):
     config = DSMoE(experts=4, active=0.6, fit_steps=10, allocation="uniform", bypass=0, seed=3)
@@ -277,6 +344,7 @@ def test_bfloat16_stays_bfloat16(tmp_path):
         ({"init": "open", "router": SigmoidThresholdConfig()}, "needs router.bias"),
         ({"partition_options": {"scal": 1}}, "did you mean scale"),
         ({"seed": -1}, "seed must be at least 0"),
+        ({"shared": 32, "active": 0.5}, r"shared must be in \[0, experts \* active = 32\), got 32"),
         (
             {"kept": 0.59},
             r"inputs must be in \(0, 1\] and kept in \[0.2 \+ 0.4 \* inputs, 1\], got 1.0 and 0.59",

@@ -38,6 +38,7 @@ from moesaic.recipes.comparison import (
 )
 from moesaic.recipes.comparison.lines import NAME, add_line
 from moesaic.recipes.comparison.process import Outcome
+from moesaic.recipes.comparison.run import grid_of
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,22 @@ def test_changed_settings_of_a_method_make_its_cells_new(finished, root):
     with pytest.raises(InputError, match=r"another protocol.data.block \(32, not 16\)"):
         compare(other, root / "whole", run=in_process)
     compare(protocol, root / "whole", run=in_process)
+
+
+def test_a_setting_that_came_after_a_line_had_its_default_there(finished, root):
+    protocol, lines = finished
+    grid = grid_of(protocol)
+    for line in lines:
+        cell = cell_of(line)
+        older = {**line, "config": dict(line["config"])}
+        name, other = ("shared", 1) if line["method"] == "dsmoe" else ("compensate", False)
+        changed = {**line, "config": {**line["config"], name: other}}
+        del older["config"][name]
+        assert grid.is_current(cell, older)
+        assert not grid.is_current(cell, changed)
+        # The budget of the cell is no default.
+        del older["config"]["active"]
+        assert not grid.is_current(cell, older)
 
 
 def test_shards_bring_together_what_one_run_has(finished, root, tmp_path):

@@ -36,6 +36,7 @@ from moesaic.conversion.gram_router import (
     fit_router,
     move_bias,
     rounds,
+    token_scale,
 )
 from moesaic.conversion.partition._base import validate_num_experts
 from moesaic.conversion.partition._settings import partition_collectors, partition_settings
@@ -56,6 +57,8 @@ class DSMoE:
     Attributes:
         experts: Blocks E of every layer; must divide the width of the network. Smaller blocks lose
             less at the same active fraction and are slower to gather.
+        shared: Blocks that are always on, without a gate: those that add most to the output on the
+            calibration text. They count into `active`.
         partition: Which neurons share a block; a name of `moesaic ls partitions`.
         partition_options: Its settings.
         init: How routers start: `random` (the paper), `open` (all gates on: the dense model) or
@@ -84,6 +87,7 @@ class DSMoE:
     """
 
     experts: int = 64
+    shared: int = 0
     partition: str = "coactivation"
     partition_options: Mapping[str, Any] = field(default_factory=dict)
     init: Literal["random", "open", "gram"] = "gram"
@@ -108,6 +112,11 @@ class DSMoE:
             self.options_of_partition()
         if not 0.0 < self.active <= 1.0:
             raise InputError(f"active must be in (0, 1], got {self.active}; 0.7 keeps 70%")
+        if not 0 <= self.shared < self.experts * self.active:
+            raise InputError(
+                f"shared must be in [0, experts * active = {self.experts * self.active:g}), got "
+                f"{self.shared}; lower it"
+            )
         if self.sparse_coef < 0 or self.fit_steps < 1:
             raise InputError(
                 f"sparse_coef must be at least 0 and fit_steps at least 1, got {self.sparse_coef} "
@@ -201,7 +210,13 @@ class DSMoE:
                 needs.add("sensitivity")
         if self.compensate:
             needs.add("neurons")
+        if self.shared:
+            needs.add("inputs")
         return tuple(sorted(needs))
+
+
+# Tokens by which blocks that are always on are chosen.
+_LOUD_TOKENS = 1024
 
 
 def _least_kept(inputs: float) -> float:
@@ -381,7 +396,7 @@ def _settle_layer(moe: MoELayer, h_TD: Tensor, share: float, config: DSMoE) -> f
     scores_TE = move_bias(moe.router, sample.h_TD, share)
     if isinstance(moe.experts, Thresholded):
         moe.experts.set_thresholds(0.0, 0.0)
-    errors = BlockErrors(sample.h_TD, moe.experts, rounded=rounds())
+    errors = BlockErrors(sample.h_TD, moe.experts, shared=moe.shared, rounded=rounds())
     weights_TE = moe.router.decide(scores_TE).weights_TE()
     train = torch.arange(sample.num_train)
     if isinstance(moe.experts, Thresholded):
@@ -402,7 +417,15 @@ def _describe(ffn: FFN, config: DSMoE) -> LayerConfig:
     dim = ffn.up_FD.shape[1]
     # Of the weights of one neuron.
     neuron = (2 if ffn.gate_FD is None else 3) * dim
-    most = min(dim, int((config.active - FRACTIONS[0]) * ffn.width * neuron / (2 * dim)))
+    width = ffn.width // config.experts
+    gated = ffn.width - config.shared * width
+    least = FRACTIONS[0] * gated + config.shared * width
+    if config.init == "gram" and config.active * ffn.width < least:
+        raise InputError(
+            f"shared={config.shared} of {config.experts} blocks leaves less than {FRACTIONS[0]} of "
+            f"the others on at active={config.active}; lower it or raise active"
+        )
+    most = min(dim, int((config.active * ffn.width - least) * neuron / (2 * dim)))
     rank = config.bypass_rank(ffn.width)
     if rank > most:
         raise InputError(
@@ -414,8 +437,9 @@ def _describe(ffn: FFN, config: DSMoE) -> LayerConfig:
         ffn,
         prefix="thresholded-" if kept else "",
         experts_options=kept,
-        num_experts=config.experts,
-        width=ffn.width // config.experts,
+        num_experts=config.experts - config.shared,
+        width=width,
+        shared_width=config.shared * width,
         output_bias=config.compensate or ffn.down_bias_D is not None,
         expert_bias=config.compensate,
         bypass_rank=rank,
@@ -428,11 +452,27 @@ def _convert_layer(cut: Cut, config: DSMoE) -> dict[str, Tensor]:
     """Cut one network and start its router; gives the fit of a fitted one."""
     seed = config.seed + cut.index
     options = config.options_of_partition()
-    cut.fill(cut.partition(config.partition, options, config.experts, seed))
+    order_F = cut.partition(config.partition, options, config.experts, seed)
+    if config.shared:
+        order_F = _loudest_first(cut, order_F.view(config.experts, -1), config.shared)
+    cut.fill(order_F)
     if config.compensate:
         _compensate(cut)
     errors = _start_router(cut, seed, config)
     return {} if errors is None else {"errors": torch.tensor(errors, dtype=torch.float64)}
+
+
+def _loudest_first(cut: Cut, order_EF: Tensor, count: int) -> Tensor:
+    """Put the blocks that add most, as an error counts them, in front of the others, [E * F]."""
+    h_TD = cut.measured["inputs.h_TD"]
+    h_TD = h_TD[:: -(-len(h_TD) // _LOUD_TOKENS)].to(cut.ffn.up_FD)
+    a_TF, down_DF = cut.ffn.neurons(h_TD).float(), cut.ffn.down_DF.float()
+    scale_T1 = token_scale((a_TF @ down_DF.T).square().sum(1))
+    outputs = (a_TF[:, order_F] @ down_DF[:, order_F].T for order_F in order_EF)
+    energy_E = torch.stack([(o_TD.square() * scale_T1).sum() for o_TD in outputs]).cpu()
+    by_energy_E = energy_E.argsort(descending=True, stable=True)
+    first, rest = by_energy_E[:count].sort().values, by_energy_E[count:].sort().values
+    return order_EF[torch.cat([first, rest])].flatten()
 
 
 def _compensate(cut: Cut) -> None:
@@ -442,7 +482,8 @@ def _compensate(cut: Cut) -> None:
     assert cut.moe.output_bias is not None
     weights = cut.moe.experts.weights()
     assert weights.down_bias is not None
-    mean_N = cut.measured["neurons.mean_F"][cut.order_N]
+    routed_N = cut.order_N[cut.moe.config.shared_width :]
+    mean_N = cut.measured["neurons.mean_F"][routed_N]
     mean_EF = mean_N.unflatten(0, (weights.num_experts, weights.width)).to(weights.down.device)
     mean_ED = torch.einsum("ef,edf->ed", mean_EF.float(), weights.down.float())
     weights.down_bias.copy_(-mean_ED)
@@ -475,6 +516,7 @@ def _start_router(cut: Cut, seed: int, config: DSMoE) -> tuple[float, ...] | Non
             experts,
             cut.measured["inputs.h_TD"],
             layer_shape(cut.moe, cut.ffn.width).experts_on(config.active),
+            shared=cut.moe.shared,
             steps=config.fit_steps,
             seed=seed,
         )

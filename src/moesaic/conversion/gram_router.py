@@ -25,7 +25,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from moesaic.calibration.collectors import block_neurons
+from moesaic.calibration.collectors import block_neurons, block_outputs
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.routers._base import linear_scores
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
@@ -89,6 +89,7 @@ class BlockErrors:
     Args:
         h_TD: Inputs of the layer, [T, D].
         experts: Its blocks.
+        shared: What is always on beside them; an error counts by what all give together.
         rounded: Whether products may round what they multiply to bfloat16: some 1e-5 of a squared
             error, at twice the speed where a processor does it (`rounds`).
 
@@ -98,7 +99,14 @@ class BlockErrors:
     """
 
     @torch.no_grad()
-    def __init__(self, h_TD: Tensor, experts: Experts, *, rounded: bool = False) -> None:
+    def __init__(
+        self,
+        h_TD: Tensor,
+        experts: Experts,
+        *,
+        shared: Experts | None = None,
+        rounded: bool = False,
+    ) -> None:
         self._rounded = rounded
         weights = experts.weights()
         self.down_MD = weights.down.float().transpose(1, 2).flatten(0, 1)
@@ -110,7 +118,12 @@ class BlockErrors:
         self._y_TD = torch.cat(outputs)
         if self.bias_ED is not None:
             self._y_TD += self.bias_ED.sum(0)
-        self.scale_T1 = token_scale(self._y_TD.square().sum(1))
+        whole_TD = self._y_TD
+        if shared is not None:
+            part = shared.weights()
+            pieces = h_TD.to(part.up.dtype).split(_BATCH)
+            whole_TD = whole_TD + torch.cat([block_outputs(h, part).sum(1) for h in pieces])
+        self.scale_T1 = token_scale(whole_TD.square().sum(1))
 
     @cached_property
     @torch.no_grad()
@@ -233,6 +246,7 @@ def fit_router(
     h_TD: Tensor,
     active: float,
     *,
+    shared: Experts | None = None,
     steps: int,
     seed: int,
 ) -> tuple[float, ...]:
@@ -243,6 +257,7 @@ def fit_router(
         experts: The blocks it gates.
         h_TD: Inputs of the layer, [T, D].
         active: Share of the gates to be on, in (0, 1).
+        shared: What is always on beside the blocks.
         steps: Adam steps of 512 tokens.
         seed: Of the batches.
 
@@ -254,7 +269,7 @@ def fit_router(
     sample = Sample.draw(h_TD, router.num_experts * experts.width, seed)
     h_TD, num_train = sample.h_TD, sample.num_train
     generator = torch.Generator().manual_seed(seed)
-    errors = BlockErrors(h_TD, experts, rounded=rounds())
+    errors = BlockErrors(h_TD, experts, shared=shared, rounded=rounds())
 
     mean_D, whiten_DD = whitening(h_TD[:num_train])
     x_TD = (h_TD - mean_D) @ whiten_DD

@@ -37,6 +37,8 @@ class Grid:
         obstacle: Why a cell cannot be done, in one sentence; empty if it can.
         needs: What must be made for some cells before them, as data of a piece of work.
         facts: What the line of a cell says that was not measured.
+        defaults: Of settings that are mappings, what a key has that a line does not name, since
+            the line is older than the key.
     """
 
     protocol: Any
@@ -45,6 +47,7 @@ class Grid:
     obstacle: Callable[[Any], str]
     needs: Callable[[Sequence[Any]], dict[str, Any]]
     facts: Callable[[Any], dict[str, Any]]
+    defaults: Callable[[Any], dict[str, Mapping[str, Any]]] = lambda cell: {}
 
     @property
     def cell_class(self) -> type:
@@ -58,8 +61,15 @@ class Grid:
 
     def is_current(self, cell: Any, line: Mapping[str, Any]) -> bool:
         """Whether the present settings gave a line."""
-        settings = self.settings(cell)
-        return all(line.get(name, _ABSENT) == value for name, value in settings.items())
+        defaults = self.defaults(cell)
+        for name, value in self.settings(cell).items():
+            found = line.get(name, _ABSENT)
+            if isinstance(found, Mapping) and isinstance(value, Mapping):
+                known = defaults.get(name, {})
+                found = {key: known[key] for key in value if key in known} | dict(found)
+            if found != value:
+                return False
+        return True
 
     def is_done(self, results: Mapping[Any, dict[str, Any]], cell: Any) -> bool:
         """Whether a cell has a result that is no error and that its present settings gave."""

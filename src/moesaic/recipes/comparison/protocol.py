@@ -116,9 +116,14 @@ class Method:
         return KINDS[self.kind][self.method]
 
     @property
+    def config_class(self) -> Any:
+        """Dataclass of its settings."""
+        return KINDS[self.kind].load_config(self.method)
+
+    @property
     def seeded(self) -> bool:
         """Whether its settings have a seed, so that seeds differ without training."""
-        return "seed" in _fields(KINDS[self.kind].load_config(self.method))
+        return "seed" in _fields(self.config_class)
 
     @property
     def static(self) -> bool:

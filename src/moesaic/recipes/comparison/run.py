@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moesaic._config import to_plain
+from moesaic._config import plain_defaults, to_plain
 from moesaic._errors import InputError
 from moesaic._files import read_json, write_text
 from moesaic._progress import SILENT, Progress
@@ -31,6 +31,7 @@ from moesaic.recipes.comparison.predictions import read_predictions
 from moesaic.recipes.comparison.process import run_piece
 from moesaic.recipes.comparison.protocol import Protocol
 from moesaic.recipes.plan import check_model, check_positions, check_train, estimate_parameters
+from moesaic.training.config import TrainConfig
 
 # A network runs at about half the rate of one large product.
 _EFFICIENCY = 0.5
@@ -117,6 +118,10 @@ def grid_of(protocol: Protocol) -> Grid:
         protocol=protocol,
         cells=all_cells(protocol),
         settings=partial(_settings, protocol),
+        defaults=lambda cell: {
+            "config": plain_defaults(protocol.methods[cell.method].config_class),
+            "train": plain_defaults(TrainConfig),
+        },
         obstacle=obstacle,
         needs=lambda cells: {"collectors": collectors_for(protocol, cells)},
         facts=lambda cell: {"static": protocol.methods[cell.method].static},
