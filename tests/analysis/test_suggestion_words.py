@@ -2,8 +2,16 @@
 
 import pytest
 
-from moesaic.analysis import Comparison, Prediction, Suggestion, advice, check_sentence, checks
-from moesaic.analysis.suggestion import predictions_markdown
+from moesaic.analysis import (
+    Comparison,
+    Prediction,
+    Suggestion,
+    advice,
+    check_sentence,
+    checks,
+    render_comparison,
+)
+from moesaic.analysis.suggestion import forecasts, predictions_markdown
 
 KINDS = {"dsmoe": "convert", "flap": "compress", "teal": "compress", "neuron-bound": "bound"}
 
@@ -25,6 +33,7 @@ def suggestion(**ratios):
                 high=ratio and ratio * 1.1,
                 active=budget,
                 blocks=6,
+                reason="" if ratio else "it cannot",
             )
             for name, values in ratios.items()
             for budget, ratio in zip(budgets, values, strict=True)
@@ -121,4 +130,31 @@ def test_predictions_beside_results():
         "2 of 3 predictions were within 15% of what was measured; half of them within 10%."
     )
     text = predictions_markdown(comparison)
-    assert "| dsmoe | 0.5 | 1.60 | 2.00 | -20.0% |" in text
+    assert "| dsmoe | 0.5 | 1.60 (1.44-1.76) | 2.00 | -20.0% |" in text
+    assert "| flap | 0.25 | 4.00 (3.60-4.40) | - | - |" in text
+
+
+def test_what_is_predicted_and_not_measured_is_named_best_first():
+    made = suggestion(dsmoe=[1.1, 1.6, 2.0], flap=[1.05, None, 1.5]).predictions
+    bound = Prediction(method="best", kind="bound", budget=0.75, ratio=1.0, low=1.0, high=1.0)
+    comparison = Comparison(
+        protocol={
+            "budgets": [0.75, 0.5],
+            "methods": {"dsmoe": {"convert": "dsmoe"}},
+            "trained": [False],
+        },
+        lines=[line("dsmoe", 0.5, 2.0)],
+        predictions=(*made, bound),
+    )
+    assert forecasts(comparison) == [
+        "At 0.75 active without training, predicted and not measured: flap 1.05 (0.95-1.16), "
+        "dsmoe 1.10 (0.99-1.21).",
+        "At 0.25 active without training, predicted and not measured: flap 1.50 (1.35-1.65), "
+        "dsmoe 2.00 (1.80-2.20).",
+    ]
+    text = predictions_markdown(comparison)
+    assert "| flap | 0.5 | - | - | - |" in text
+    assert "Not predicted:\n\n- flap at 0.5: it cannot\n" in text
+    page = render_comparison(comparison)
+    assert page.count('<tr><th scope="row">flap</th>') == 3
+    assert "<td>1.60 (1.44-1.76)</td><td>2.00</td><td>-20.0%</td>" in page

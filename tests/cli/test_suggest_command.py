@@ -108,11 +108,15 @@ def test_a_comparison_says_how_far_predictions_are_off(root, tmp_path, capsys, m
     )
     argv = ["compare", str(path), "--out", str(out)]
     assert main([*argv, "--suggest"]) == 0
-    assert "predictions were within" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "predictions were within" not in said
+    assert "At 0.75 active without training, predicted and not measured: flap 1." in said
     assert main(argv) == 0
-    assert "1 of 1 predictions were within 15%" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not measured: " not in said
+    assert "1 of 1 predictions were within 15%" in said
     assert main([*argv, "--report", "--json"]) == 0
     (check,) = json.loads(capsys.readouterr().out)["predictions"]
     assert (check["method"], check["budget"]) == ("flap", 0.75)
-    assert check["predicted"] == pytest.approx(check["measured"], rel=0.15)
+    assert check["ratio"] == pytest.approx(check["measured"], rel=0.15)
     assert "### Predicted from short trials" in (out / "report.md").read_text()

@@ -15,6 +15,7 @@ from moesaic.analysis.suggestion import (
     advice,
     check_sentence,
     checks,
+    forecasts,
     predictions_markdown,
 )
 from moesaic.analysis.table import summary_rows, summary_table
@@ -31,6 +32,7 @@ __all__ = [
     "check_sentence",
     "checks",
     "comparison_markdown",
+    "forecasts",
     "headline",
     "health_summary",
     "leaderboard_markdown",

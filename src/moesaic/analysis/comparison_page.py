@@ -22,6 +22,12 @@ from moesaic.analysis.comparison import (
     states,
     verdicts_of,
 )
+from moesaic.analysis.suggestion import (
+    PREDICTION_COLUMNS,
+    check_sentence,
+    checks,
+    prediction_rows,
+)
 
 # Neutral, so no method has it.
 _FRONT_STYLE = 5
@@ -48,6 +54,9 @@ def render_comparison(comparison: Comparison) -> str:
             domains=_domains(found),
             dense=_dense(comparison.dense),
             tasks=questions(found),
+            prediction_columns=PREDICTION_COLUMNS,
+            predictions=prediction_rows(comparison),
+            predictions_checked=check_sentence(checks(comparison)),
             protocol=_history.raw_json(protocol),
             machines=_history.machines(comparison.lines),
             versions=_history.versions(comparison.lines),

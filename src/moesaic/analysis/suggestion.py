@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from statistics import median
 
-from moesaic.analysis._format import multiple, whole_percent
+from moesaic.analysis._format import markdown_table, multiple, whole_percent
 from moesaic.analysis.comparison import BOUND, TOLERANCE, Comparison, Ratio, entries
 
 # A loss of perplexity up to which a model can be used as it is.
@@ -20,6 +20,7 @@ USABLE = 0.1
 LOST = 1.0
 # How far a prediction may be from what is measured.
 CLOSE = 0.15
+PREDICTION_COLUMNS = ("method", "active", "predicted", "measured", "off")
 # A fraction that is off its budget by more is not compared: a trial reads less text.
 _OFF_BUDGET = 2 * TOLERANCE
 
@@ -189,15 +190,35 @@ class Check:
 
 def checks(comparison: Comparison) -> list[Check]:
     """Put every prediction beside the measured ratio of its method and budget, without training."""
-    measured = {
-        (entry.method, entry.budget): entry.ratio.value
-        for entry in entries(comparison)
-        if entry.ratio is not None and not entry.trained
-    }
+    measured = _measured(comparison)
     return [
         Check(method=p.method, budget=p.budget, predicted=p.ratio, measured=measured[key])
         for p in comparison.predictions
         if (key := (p.method, p.budget)) in measured and p.ratio is not None
+    ]
+
+
+def _measured(comparison: Comparison) -> dict[tuple[str, float], float]:
+    return {
+        (entry.method, entry.budget): entry.ratio.value
+        for entry in entries(comparison)
+        if entry.ratio is not None and not entry.trained
+    }
+
+
+def forecasts(comparison: Comparison) -> list[str]:
+    """Name the predicted cells that were not measured, a sentence for each budget, best first."""
+    measured = _measured(comparison)
+    left = [
+        p
+        for p in sorted(comparison.predictions, key=lambda p: p.loss)
+        if p.ratio is not None and p.kind != BOUND and (p.method, p.budget) not in measured
+    ]
+    return [
+        f"At {budget:g} active without training, predicted and not measured: "
+        + ", ".join(f"{p.method} {p.text()}" for p in left if p.budget == budget)
+        + "."
+        for budget in sorted({p.budget for p in left}, reverse=True)
     ]
 
 
@@ -213,25 +234,33 @@ def check_sentence(found: Sequence[Check]) -> str:
     )
 
 
+def prediction_rows(comparison: Comparison) -> list[list[str]]:
+    """Lay out every prediction, under `PREDICTION_COLUMNS`; `-` for what is not known."""
+    found = {(check.method, check.budget): check for check in checks(comparison)}
+    rows = []
+    for p in comparison.predictions:
+        check = found.get((p.method, p.budget))
+        measured = "-" if check is None else multiple(check.measured).removesuffix("x")
+        off = "-" if check is None else f"{check.off:+.1%}"
+        rows.append([p.method, f"{p.budget:g}", p.text(), measured, off])
+    return rows
+
+
 def predictions_markdown(comparison: Comparison) -> str:
-    """Write what was predicted beside what was measured, for a document; nothing if neither is.
+    """Write what was predicted, and beside it what was measured, for a document; or nothing.
 
     Raises:
         InputError: If a line holds a wrong kind of value.
     """
-    found = checks(comparison)
-    if not found:
+    if not comparison.predictions:
         return ""
-    rows = [["method", "active", "predicted", "measured", "off"], ["---"] * 5]
-    rows += [
-        [
-            check.method,
-            f"{check.budget:g}",
-            multiple(check.predicted).removesuffix("x"),
-            multiple(check.measured).removesuffix("x"),
-            f"{check.off:+.1%}",
-        ]
-        for check in found
+    parts = [
+        "\n### Predicted from short trials",
+        check_sentence(checks(comparison)),
+        markdown_table(PREDICTION_COLUMNS, prediction_rows(comparison)),
     ]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"\n### Predicted from short trials\n\n{check_sentence(found)}\n\n{table}\n"
+    if reasons := [
+        f"- {p.method} at {p.budget:g}: {p.reason}" for p in comparison.predictions if p.reason
+    ]:
+        parts += ["Not predicted:", "\n".join(reasons)]
+    return "\n\n".join(parts) + "\n"

@@ -15,7 +15,7 @@ from rich.table import Table
 from moesaic._config import to_plain
 from moesaic._errors import InputError, UnknownNameError
 from moesaic._registry import unknown_name
-from moesaic.analysis import board_verdicts, check_sentence, checks, verdicts
+from moesaic.analysis import board_verdicts, check_sentence, checks, forecasts, verdicts
 from moesaic.cli._common import Overrides, parse, quiet_libraries, show
 from moesaic.cli._progress import TerminalProgress
 from moesaic.recipes.architectures import (
@@ -100,12 +100,18 @@ class _Kind:
 
 
 def _comparison_sentences(comparison: Any) -> tuple[list[str], dict[str, Any]]:
-    sentences = verdicts(comparison)
-    compared = checks(comparison)
-    if not compared:
+    found = checks(comparison)
+    sentences = [*verdicts(comparison), *forecasts(comparison)]
+    if found:
+        sentences.append(check_sentence(found))
+    if not comparison.predictions:
         return sentences, {}
-    return [*sentences, check_sentence(compared)], {
-        "predictions": [to_plain(check) for check in compared]
+    measured = {(check.method, check.budget): check.measured for check in found}
+    return sentences, {
+        "predictions": [
+            {**to_plain(p), "measured": measured.get((p.method, p.budget))}
+            for p in comparison.predictions
+        ]
     }
 
 
