@@ -136,7 +136,9 @@ def test_predictions_beside_results():
 
 def test_what_is_predicted_and_not_measured_is_named_best_first():
     made = suggestion(dsmoe=[1.1, 1.6, 2.0], flap=[1.05, None, 1.5]).predictions
-    bound = Prediction(method="best", kind="bound", budget=0.75, ratio=1.0, low=1.0, high=1.0)
+    bound = Prediction(
+        method="best", kind="bound", budget=0.75, ratio=1.0, low=1.0, high=1.0, active=0.75
+    )
     comparison = Comparison(
         protocol={
             "budgets": [0.75, 0.5],
