@@ -350,6 +350,7 @@ def test_bfloat16_stays_bfloat16(tmp_path):
             r"inputs must be in \(0, 1\] and kept in \[0.2 \+ 0.4 \* inputs, 1\], got 1.0 and 0.59",
         ),
         ({"kept": 0.0}, r"kept in \[0.2 \+ 0.4 \* inputs, 1\], got 1.0 and 0.0; 1 keeps all"),
+        ({"kept": 0.7, "active": 1.0}, "kept and inputs must be 1 where active is 1, which leaves"),
         ({"inputs": 0.0}, r"inputs must be in \(0, 1\] and .* got 0.0 and 1.0"),
         ({"kept": 0.7, "init": "open"}, "kept and inputs must be 1 unless init is 'gram' and comp"),
         (

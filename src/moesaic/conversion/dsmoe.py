@@ -143,6 +143,11 @@ class DSMoE:
                 "kept and inputs must be 1 unless init is 'gram' and compensate false, got "
                 f"{self.kept} and {self.inputs} with init {self.init!r}"
             )
+        if self.active == 1.0 and not {self.kept, self.inputs} <= {None, 1.0}:
+            raise InputError(
+                "kept and inputs must be 1 where active is 1, which leaves nothing out, got "
+                f"{self.kept} and {self.inputs}; lower active"
+            )
         kept, inputs = self._kept_and_inputs()
         if not 0.0 < inputs <= 1.0 or not _least_kept(inputs) <= kept <= 1.0:
             raise InputError(
