@@ -21,6 +21,7 @@ from moesaic.analysis._format import multiple, percent, significant
 if TYPE_CHECKING:
     from moesaic.analysis.suggestion import Prediction
 
+NOTHING = "No cell was measured yet."
 # How far a measured fraction may be from its budget.
 TOLERANCE = 0.02
 _ROUNDING = 1e-9
@@ -182,8 +183,8 @@ def entries(comparison: Comparison) -> list[Entry]:
 
 
 def states(found: Sequence[Entry]) -> list[bool]:
-    """Whether anything was asked for without training and with it."""
-    return [trained for trained in (False, True) if any(e.trained == trained for e in found)]
+    """Of without training and with it, in which anything was measured or failed."""
+    return sorted({entry.trained for entry in found if entry.ratio is not None or entry.reason})
 
 
 def columns(shown: Sequence[Entry], protocol: Mapping[str, Any]) -> list[float]:
@@ -318,7 +319,7 @@ def verdicts(comparison: Comparison) -> list[str]:
         sentence
         for trained in states(found)
         for sentence in verdicts_of(found, trained, comparison.protocol)
-    ]
+    ] or [NOTHING]
 
 
 def verdicts_of(found: Sequence[Entry], trained: bool, protocol: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from moesaic.analysis._format import markdown_table
 from moesaic.analysis.comparison import (
     BOUND,
+    NOTHING,
     Accuracy,
     Comparison,
     Entry,
@@ -45,6 +46,8 @@ def comparison_markdown(comparison: Comparison) -> str:
         if bounds := [entry for entry in of_state if entry.kind == BOUND]:
             parts.append("Bounds, which compute everything and are not ranked:")
             parts.append(_table(bounds, protocol, "bound", found))
+    if not parts:
+        return f"{NOTHING}\n"
     parts.append(
         "Perplexity over the dense parent's: the geometric mean over domains and seeds, and in "
         "parentheses the 95% interval over documents, the widest that the seeds give."

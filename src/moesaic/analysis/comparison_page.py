@@ -10,6 +10,7 @@ from moesaic.analysis import _charts, _format, _history, _record
 from moesaic.analysis._page import clean, environment
 from moesaic.analysis.comparison import (
     BOUND,
+    NOTHING,
     Comparison,
     Entry,
     accuracies,
@@ -49,6 +50,7 @@ def render_comparison(comparison: Comparison) -> str:
         .render(
             model=_record.text(protocol, "model"),
             states=[_state(found, trained, protocol) for trained in states(found)],
+            nothing=NOTHING,
             missing=[entry for entry in found if entry.reason],
             costs=[entry for entry in found if entry.ratio is not None],
             domains=_domains(found),
