@@ -5,7 +5,8 @@ A page asks for them with a comment on a line of its own:
 `<!-- systems -->` lists the published systems, `<!-- architectures -->` the decoders that can be
 converted, `<!-- commands -->` the commands, `<!-- speeds -->` the committed speeds of networks and
 `<!-- runtimes -->` those of one model in several runtimes, `<!-- gguf -->` those of GGUF files,
-`<!-- serving -->` those of servers; `<!-- conversions -->` what conversions take;
+`<!-- serving -->` those of servers; `<!-- conversions -->` what conversions take,
+`<!-- settings -->` what the choices in DSMoE are worth, `<!-- questions -->` what methods answer;
 `<!-- comparison -->` the committed comparison of methods and `<!-- leaderboard -->` that of
 architectures; `<!-- evidence -->` shows the committed results of working systems and
 `<!-- dsmoe -->` the tables of the one for DSMoE; `<!-- choices -->` says of each working system
@@ -20,6 +21,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from markup import paper as _paper
 from markup import record as _record
 from markup import rows as _rows
@@ -29,8 +31,8 @@ from moesaic import catalog
 
 _METHODS = re.compile(r"^<!-- methods: ([a-z-]+) -->$", re.MULTILINE)
 _LIST = re.compile(
-    r"^<!-- (systems|architectures|commands|speeds|runtimes|gguf|serving|conversions|comparison"
-    r"|leaderboard|evidence|dsmoe|choices) -->$",
+    r"^<!-- (systems|architectures|commands|speeds|runtimes|gguf|serving|conversions|settings"
+    r"|questions|comparison|leaderboard|evidence|dsmoe|choices) -->$",
     re.MULTILINE,
 )
 # How far from the physical limit a network may be at most, by tokens in a call, at the shapes whose
@@ -76,6 +78,8 @@ def render(markdown: str) -> str:
         "gguf": _gguf,
         "serving": _serving,
         "conversions": _conversions,
+        "settings": _settings,
+        "questions": lambda: _report("questions").partition("### Accuracy on questions\n")[2],
         "comparison": lambda: _report("quality"),
         "leaderboard": lambda: _report("architectures"),
         "evidence": _evidence,
@@ -310,6 +314,26 @@ def _conversions() -> str:
                 f"{row['commit'][:7]}",
             )
             for row in rows
+        ),
+    )
+
+
+def _settings() -> str:
+    """Tabulate what was predicted of the protocol `bench/choices.yaml`, in its order."""
+    root = _PACKAGE.parents[1] / "bench"
+    path = root / "results" / "choices" / "predictions.json"
+    found = {p["method"]: p for p in json.loads(path.read_text("utf-8"))["predictions"]}
+    protocol = yaml.safe_load((root / "choices.yaml").read_text("utf-8"))
+    return _rows(
+        ("", "settings", "predicted", "95% interval"),
+        (
+            (
+                name,
+                f"`{json.dumps(method['options'])}`",
+                f"{found[name]['ratio']:.3f}",
+                f"{found[name]['low']:.3f} to {found[name]['high']:.3f}",
+            )
+            for name, method in protocol["methods"].items()
         ),
     )
 

@@ -49,6 +49,9 @@ from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold, SigmoidThresholdConfig
 from moesaic.nn.shape import layer_shape, layer_shapes
 
+# Tokens by which blocks that are always on are chosen.
+_LOUD_TOKENS = 1024
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DSMoE:
@@ -218,10 +221,6 @@ class DSMoE:
         if self.shared:
             needs.add("inputs")
         return tuple(sorted(needs))
-
-
-# Tokens by which blocks that are always on are chosen.
-_LOUD_TOKENS = 1024
 
 
 def _least_kept(inputs: float) -> float:
@@ -423,14 +422,16 @@ def _describe(ffn: FFN, config: DSMoE) -> LayerConfig:
     # Of the weights of one neuron.
     neuron = (2 if ffn.gate_FD is None else 3) * dim
     width = ffn.width // config.experts
-    gated = ffn.width - config.shared * width
-    least = FRACTIONS[0] * gated + config.shared * width
-    if config.init == "gram" and config.active * ffn.width < least:
+    shared_width = config.shared * width
+    # With the least that routers are fitted to.
+    least = shared_width + FRACTIONS[0] * (ffn.width - shared_width)
+    room = config.active * ffn.width - least
+    if config.init == "gram" and room < -1e-6:
         raise InputError(
             f"shared={config.shared} of {config.experts} blocks leaves less than {FRACTIONS[0]} of "
             f"the others on at active={config.active}; lower it or raise active"
         )
-    most = min(dim, int((config.active * ffn.width - least) * neuron / (2 * dim)))
+    most = min(dim, int(max(0.0, room) * neuron / (2 * dim)))
     rank = config.bypass_rank(ffn.width)
     if rank > most:
         raise InputError(
@@ -444,7 +445,7 @@ def _describe(ffn: FFN, config: DSMoE) -> LayerConfig:
         experts_options=kept,
         num_experts=config.experts - config.shared,
         width=width,
-        shared_width=config.shared * width,
+        shared_width=shared_width,
         output_bias=config.compensate or ffn.down_bias_D is not None,
         expert_bias=config.compensate,
         bypass_rank=rank,
