@@ -33,13 +33,12 @@ class TrialConfig:
         first_blocks: Blocks of each domain that every trial reads.
         most_blocks: Blocks of each domain that it reads at most, where the interval stays wide.
         fit_steps: Steps of the fit of each DSMoE router.
-        fit_tokens: Calibration tokens that conversions see.
-        sample_tokens: Calibration tokens that the compressions see which look at single tokens,
-            as for thresholds; what was averaged over tokens is that of all of them.
+        fit_tokens: Calibration tokens of that fit.
+        sample_tokens: Calibration tokens that thresholds on activations are placed by.
     """
 
     first_blocks: int = 2
-    most_blocks: int = 6
+    most_blocks: int = 12
     fit_steps: int = 20
     fit_tokens: int = 4096
     sample_tokens: int = 256

@@ -1,9 +1,10 @@
 """Methods put in place at a budget, at little cost.
 
-Most are simply applied, to a copy of the parent and with fewer calibration tokens. DSMoE, whose
-routers are what takes time, has them fitted once, in few steps and at half of the network; its
-layers are then settled on every budget. How much more so short a fit loses is measured on a few
-layers that are fitted in full as well: to first order a model loses the sum of what its layers do.
+Most are simply applied, to a copy of the parent; thresholds on activations with few calibration
+tokens. DSMoE, whose routers are what takes time, has them fitted once, in few steps, on few tokens
+and at half of the network; its layers are then settled on every budget. How much more so short a
+fit loses is measured on a few layers that are fitted in full as well: to first order a model loses
+the sum of what its layers do.
 """
 
 from __future__ import annotations
@@ -92,8 +93,11 @@ class Parent:
             method: Registered name.
             at: Gives its settings at a budget.
         """
-        tokens = self.config.fit_tokens if kind == "convert" else self.config.sample_tokens
-        stats = None if self.stats is None else self.stats.thinned(tokens)
+        static = "static" in METHODS[kind][method].abilities
+        stats = self.stats
+        # Thresholds on activations: a few tokens place them, and what weighs them is slow.
+        if stats is not None and kind == "compress" and not static:
+            stats = stats.thinned(self.config.sample_tokens)
 
         @contextmanager
         def place(budget: float) -> Iterator[Placed]:
@@ -106,7 +110,6 @@ class Parent:
             model, results = apply(copy.deepcopy(self.dense), stats, config, progress=self.progress)
             yield Placed(model, results.get("active"))
 
-        static = "static" in METHODS[kind][method].abilities
         return Trial(name=name, kind=kind, static=static, at=place)
 
     def fitted(self, config: DSMoE) -> Fitted:
