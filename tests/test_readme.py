@@ -112,19 +112,26 @@ def test_what_the_text_says_of_the_demo_is_in_its_record():
 
 
 @pytest.mark.parametrize(
-    ("state", "trained", "most"), [("without training", False, 5), ("after training", True, None)]
+    ("part", "active", "state", "trained", "most"),
+    [
+        ("half", 0.5, "without training", False, 5),
+        ("half", 0.5, "after training", True, None),
+        ("three eighths", 0.375, "without training", False, 4),
+    ],
 )
-def test_what_half_of_the_weights_loses_is_in_the_committed_comparison(state, trained, most):
+def test_what_a_part_of_the_weights_loses_is_in_the_committed_comparison(
+    part, active, state, trained, most
+):
     comparison = gather(read_protocol(ROOT / "bench" / "quality.yaml"), [RESULTS / "quality"])
-    order = ranked(entries(comparison), 0.5, trained)
+    order = ranked(entries(comparison), active, trained)
     readme = (ROOT / "README.md").read_text()
-    said = readme.split(f"<!-- half, {state}: bench/results/quality/results.jsonl -->\n")[1]
+    said = readme.split(f"<!-- {part}, {state}: bench/results/quality/results.jsonl -->\n")[1]
     said = " ".join(said.split("<!-- end -->")[0].split())
     methods = [f"{entry.method} {entry.ratio.text()}" for entry in order[:most]]
     assert said == f"{', '.join(methods)}."
     if trained:
         tokens = comparison.protocol["train"]["tokens"]
         assert f"after the same training on {tokens:,} tokens" in " ".join(readme.split())
-    else:
+    elif active == 0.5:
         assert len(order) == 12
         assert "the first five of twelve methods without training" in " ".join(readme.split())
