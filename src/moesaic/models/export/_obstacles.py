@@ -139,7 +139,7 @@ def _in_gates(layer: LayerConfig, layout: Layout) -> str:
     """What of a DSMoE layer no fixed number of blocks makes fit."""
     weighs = layer.router_options.get("value", "gate") == "gate"
     if layer.shared_width:
-        return "a shared part beside gates"
+        return "a shared part beside gates, which conversion leaves out with shared=0"
     if weighs and layout.router == "topk-softmax":
         return "gates that weigh their blocks (router.value 'gate'), since its weights sum to one"
     if weighs and layer.router_options.get("bias", False):
