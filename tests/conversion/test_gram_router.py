@@ -10,6 +10,7 @@ from moesaic.conversion.gram_router import (
     Sample,
     fit_router,
     move_bias,
+    whitening,
 )
 from moesaic.nn.experts._base import ExpertsConfig
 from moesaic.nn.experts.gated import GatedExperts
@@ -100,9 +101,10 @@ def test_rounding_is_little_beside_what_is_measured(biased):
     assert 0 < gap_TE.max() < 0.02 * saved_TE.abs().max()
 
 
+@pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("active", [0.3, 0.5, 0.75])
-def test_fit_meets_the_fraction_on_held_tokens_and_the_router_is_what_was_fitted(active):
-    experts, router = make_experts(), make_router()
+def test_fit_meets_the_fraction_on_held_tokens_and_the_router_is_what_was_fitted(active, rank):
+    experts, router = make_experts(), make_router(rank=rank)
     h_TD = torch.randn(T, D) * torch.linspace(0.1, 5, D) + 3.0
     errors = fit_router(router, experts, h_TD, active, steps=30, seed=0)
     # Whitening is folded back: the module itself, on the raw inputs, is on as often.
@@ -114,6 +116,27 @@ def test_fit_meets_the_fraction_on_held_tokens_and_the_router_is_what_was_fitted
         assert float(router(held_TD).active_TE().float().mean()) == pytest.approx(active, abs=0.02)
     assert list(errors) == sorted(errors, reverse=True) or max(errors) == errors[0]
     assert errors[-1] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_fit_of_low_rank_is_the_nearest_to_that_of_full_rank():
+    experts, h_TD = make_experts(), torch.randn(T, D) * torch.linspace(0.1, 5, D) + 3.0
+    whole = make_router()
+    fit_router(whole, experts, h_TD, 0.5, steps=30, seed=0)
+    train_TD = Sample.draw(h_TD, E * F, 0).h_TD[: -T // 4]
+    away = []
+    with torch.no_grad():
+        # What each rank leaves of scores of inputs that count alike in every direction.
+        _, whiten_DD = whitening(train_TD)
+        want_ED = whole.weight @ torch.linalg.inv(whiten_DD)
+    for rank in range(1, E):
+        low = make_router(rank=rank)
+        fit_router(low, experts, h_TD, 0.5, steps=30, seed=0)
+        with torch.no_grad():
+            gap_ED = low.map_ED() @ torch.linalg.inv(whiten_DD) - want_ED
+        sizes_K = torch.linalg.svdvals(want_ED)
+        assert float(gap_ED.norm()) == pytest.approx(float(sizes_K[rank:].norm()), rel=1e-2)
+        away.append(float(gap_ED.norm()))
+    assert away == sorted(away, reverse=True)
 
 
 def test_fit_finds_which_block_a_token_needs():

@@ -220,7 +220,7 @@ def test_a_router_without_native_code_is_named(monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="moesaic.ops.select")
     layer = packed_layer_of(router="cmoe")
     assert layer.packed is None
-    assert "has the router 'cmoe', which has no native code" in caplog.text
+    assert "has the router 'cmoe', which as it is set has no native code" in caplog.text
 
 
 @pytest.mark.parametrize("T", [1, 30])

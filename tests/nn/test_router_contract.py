@@ -430,6 +430,12 @@ def test_fresh_weights_are_small_and_differ(name):
         ("sigmoid-threshold", {"threshold": 1.0}, r"threshold must be in \[0, 1\), got 1.0"),
         ("sigmoid-threshold", {"threshold": -0.1}, r"threshold must be in \[0, 1\), got -0.1"),
         ("sigmoid-threshold", {"threshold": float("nan")}, r"in \[0, 1\), got nan"),
+        ("sigmoid-threshold", {"rank": -1}, r"rank must be at least 0, got -1; 0 is one whole map"),
+        (
+            "sigmoid-threshold",
+            {"rank": 6},
+            r"rank must be below 6 for 6 experts of .*, got 6",
+        ),
         ("sigmoid-threshold", {"estimator": "sotf"}, r"'sotf' is unknown; did you mean soft"),
         (
             "sigmoid-threshold",

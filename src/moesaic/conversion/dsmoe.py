@@ -46,7 +46,11 @@ from moesaic.models.architectures import dense_architecture
 from moesaic.models.ffn import FFN, decoder_layers, dense_ffn_width, read_ffn
 from moesaic.nn.experts.thresholded import Thresholded
 from moesaic.nn.layer import LayerConfig, MoELayer, moe_layers
-from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold, SigmoidThresholdConfig
+from moesaic.nn.routers.sigmoid_threshold import (
+    SigmoidThreshold,
+    SigmoidThresholdConfig,
+    check_rank,
+)
 from moesaic.nn.shape import layer_shape, layer_shapes
 
 # Tokens by which blocks that are always on are chosen.
@@ -421,6 +425,7 @@ def _describe(ffn: FFN, config: DSMoE) -> LayerConfig:
     dim = ffn.up_FD.shape[1]
     # Of the weights of one neuron.
     neuron = (2 if ffn.gate_FD is None else 3) * dim
+    check_rank(config.router.rank, config.experts - config.shared, dim)
     width = ffn.width // config.experts
     shared_width = config.shared * width
     # With the least that routers are fitted to.
@@ -507,6 +512,9 @@ def _start_router(cut: Cut, seed: int, config: DSMoE) -> tuple[float, ...] | Non
     assert experts is not None
     generator = torch.Generator().manual_seed(seed)
     router.weight.copy_(torch.randn(router.weight.shape, generator=generator) * 0.02)
+    if router.down is not None:
+        drawn_RD = torch.randn(router.down.shape, generator=generator)
+        router.down.copy_(drawn_RD * config.router.rank**-0.5)
     if config.init == "random":
         return None
     assert router.bias is not None

@@ -331,7 +331,7 @@ def _new_router(
         k: Of which it chooses so many.
         base: What an active block of weight one weighs.
     """
-    weight_ED = router.weight.detach().float()[routed]
+    weight_ED = router.map_ED().detach().float()[routed]
     bias_E = torch.zeros(len(routed)) if router.bias is None else router.bias.float()[routed]
     if k < len(routed) and not bool(weight_ED.any()):
         raise InputError(

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from moesaic.calibration.collectors import block_neurons, block_outputs
 from moesaic.nn.experts._base import Experts
-from moesaic.nn.routers._base import linear_scores
 from moesaic.nn.routers.sigmoid_threshold import SigmoidThreshold
 from moesaic.ops.weights import ExpertWeights
 
@@ -291,10 +290,19 @@ def fit_router(
         schedule.step()
 
     with torch.no_grad():
+        if router.down is not None:
+            # The nearest of that rank, as the scores of whitened inputs count it.
+            left_EK, sizes_K, right_KD = torch.linalg.svd(weight_ED, full_matrices=False)
+            rank = len(router.down)
+            left_ER, right_RD = left_EK[:, :rank] * sizes_K[:rank], right_KD[:rank]
+            weight_ED = left_ER @ right_RD
+            router.weight.copy_(left_ER)
+            router.down.copy_(right_RD @ whiten_DD)
         held_BE = x_TD[sample.held_B] @ weight_ED.T + bias_E
         shift = _shift(held_BE, active, router.threshold)
         folded_ED = weight_ED @ whiten_DD
-        router.weight.copy_(folded_ED)
+        if router.down is None:
+            router.weight.copy_(folded_ED)
         router.bias.copy_(bias_E - shift - folded_ED @ mean_D)
         return _measure(router, held_BE, errors, sample.held_B)
 
@@ -312,7 +320,7 @@ def move_bias(router: SigmoidThreshold, h_TD: Tensor, share: float) -> Tensor:
         Gate logits of the inputs with the bias moved, [T, E].
     """
     assert router.bias is not None
-    scores_TE = linear_scores(h_TD, router.weight, router.bias)
+    scores_TE = router.scores(h_TD)
     shift = _shift(scores_TE, share, router.threshold)
     router.bias.sub_(shift)
     return scores_TE - shift

@@ -203,7 +203,7 @@ def pack_layer(layer: MoELayer, weight_format: Format) -> PackedLayer | None:
     """Make the one call of a layer whose experts are packed; says so where there is none."""
     reason = why_not_packed(layer)
     if not reason and layer.router is not None and layer.router.choice() is None:
-        reason = f"has the router {layer.config.router!r}, which has no native code"
+        reason = f"has the router {layer.config.router!r}, which as it is set has no native code"
     if reason:
         say_once(f"experts run natively, but each layer in several calls: it {reason}")
         return None

@@ -2,9 +2,9 @@
 
 Source: DSMoE, arXiv 2502.12455, section 3.2. Ours: the count of active experts is clamped to one
 (the paper leaves 0/0 open), the optional bias, the weight of one, the switch for the
-normalisation and the estimator that skips.
+normalisation, the estimator that skips and scores of low rank.
 
-Shapes: T tokens, D model width, E experts.
+Shapes: T tokens, D model width, E experts, R rank of the scores.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ class SigmoidThresholdConfig:
         normalize: `count` multiplies the output by E over the number of active experts, as the
             paper does; `none` leaves it.
         bias: Whether gates have a bias; the paper's have none.
+        rank: Numbers that the scores are made of: two maps, [R, D] and [E, R], in place of one. 0
+            for one map (the paper). With hundreds of experts it is what keeps the router small.
+            Torch routes then, native code does not.
     """
 
     threshold: float = 0.5
@@ -45,8 +48,11 @@ class SigmoidThresholdConfig:
     value: Literal["gate", "one"] = "gate"
     normalize: Literal["count", "none"] = "count"
     bias: bool = False
+    rank: int = 0
 
     def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise InputError(f"rank must be at least 0, got {self.rank}; 0 is one whole map")
         if not 0.0 <= self.threshold < 1.0:
             raise InputError(
                 f"threshold must be in [0, 1), got {self.threshold}; 0.5 is the paper's"
@@ -56,6 +62,15 @@ class SigmoidThresholdConfig:
                 f"value 'one' leaves estimator {self.estimator!r} no gradient; use "
                 "'straight-through' or value 'gate'"
             )
+
+
+def check_rank(rank: int, num_experts: int, dim: int) -> None:
+    """Refuse a rank that is that of the whole map, or above."""
+    if rank and rank >= min(num_experts, dim):
+        raise InputError(
+            f"rank must be below {min(num_experts, dim)} for {num_experts} experts of width {dim}, "
+            f"got {rank}; lower it, or 0 for one whole map"
+        )
 
 
 class SigmoidThreshold(Router):
@@ -76,13 +91,18 @@ class SigmoidThreshold(Router):
         self.config = config
         # Plain attribute: the operating point moves after training.
         self.threshold = config.threshold
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        check_rank(config.rank, num_experts, dim)
+        self.weight = nn.Parameter(torch.empty(num_experts, config.rank or dim))
+        self.down = nn.Parameter(torch.empty(config.rank, dim)) if config.rank else None
         self.bias = nn.Parameter(torch.empty(num_experts)) if config.bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw small random gates; the paper does not state a distribution."""
         nn.init.normal_(self.weight, std=0.02)
+        if self.down is not None:
+            # Of as many scores of the same size, whatever the rank.
+            nn.init.normal_(self.down, std=self.config.rank**-0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -96,7 +116,17 @@ class SigmoidThreshold(Router):
         Returns:
             Slots in expert order, K = E; scores are the gate logits.
         """
-        return self.decide(linear_scores(h_TD, self.weight, self.bias))
+        return self.decide(self.scores(h_TD))
+
+    def scores(self, h_TD: Tensor) -> Tensor:
+        """Gate logits in float32 or better, [T, E]."""
+        if self.down is not None:
+            h_TD = linear_scores(h_TD, self.down)
+        return linear_scores(h_TD, self.weight, self.bias)
+
+    def map_ED(self) -> Tensor:
+        """The map behind the scores, whatever its rank, [E, D]."""
+        return self.weight if self.down is None else self.weight @ self.down
 
     def decide(self, scores_TE: Tensor) -> Routing:
         """Turn gate logits into a routing.
@@ -130,8 +160,10 @@ class SigmoidThreshold(Router):
             ids_TE = torch.where(on_TE, ids_TE, self.num_experts)
         return Routing(ids_TE, weights_TE, scores_TE, self.num_experts)
 
-    def choice(self) -> Choice:
-        """Gates above the threshold of now."""
+    def choice(self) -> Choice | None:
+        """Gates above the threshold of now; none where it takes two maps."""
+        if self.down is not None:
+            return None
         return Choice(
             "above",
             "sigmoid" if self.config.value == "gate" else "one",
@@ -141,6 +173,8 @@ class SigmoidThreshold(Router):
 
     def score_map(self) -> ScoreMap:
         """Its map and, if it has one, its bias."""
+        if self.down is not None:
+            return super().score_map()
         return ScoreMap(self.weight, bias=self.bias)
 
     def extra_repr(self) -> str:

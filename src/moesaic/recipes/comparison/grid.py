@@ -63,11 +63,7 @@ class Grid:
         """Whether the present settings gave a line."""
         defaults = self.defaults(cell)
         for name, value in self.settings(cell).items():
-            found = line.get(name, _ABSENT)
-            if isinstance(found, Mapping) and isinstance(value, Mapping):
-                known = defaults.get(name, {})
-                found = {key: known[key] for key in value if key in known} | dict(found)
-            if found != value:
+            if not _same(line.get(name, _ABSENT), value, defaults.get(name, {})):
                 return False
         return True
 
@@ -75,6 +71,16 @@ class Grid:
         """Whether a cell has a result that is no error and that its present settings gave."""
         line = results.get(cell)
         return line is not None and line["status"] != "error" and self.is_current(cell, line)
+
+
+def _same(found: Any, value: Any, defaults: Any) -> bool:
+    """Whether a line says of a setting what is set; what it does not name had its default."""
+    if not isinstance(found, Mapping) or not isinstance(value, Mapping):
+        return bool(found == value)
+    known = defaults if isinstance(defaults, Mapping) else {}
+    return found.keys() <= value.keys() and all(
+        _same(found.get(key, known.get(key, _ABSENT)), value[key], known.get(key)) for key in value
+    )
 
 
 def fill(
