@@ -334,6 +334,7 @@ def _settings() -> str:
                 f"{found[name]['low']:.3f} to {found[name]['high']:.3f}",
             )
             for name, method in protocol["methods"].items()
+            if name in found
         ),
     )
 

@@ -318,6 +318,23 @@ def test_accuracy_stands_beside_the_ratio_and_the_dense_parent():
     assert rows[1][5]["text"] == "1.20x1.15-1.25"
 
 
+def test_questions_of_several_files_are_counted_together():
+    def of(right, count):
+        return {"acc": right / count, "acc_low": 0.0, "acc_high": 1.0, "questions": count}
+
+    lines = [
+        line("dsmoe", 0.5, 1.2, accuracy={"a": of(10, 40), "b": of(45, 60)}),
+        line("dsmoe", 0.5, 1.2, seed=1, accuracy={"a": of(5, 40), "b": of(45, 60)}),
+        line("flap", 0.5, 1.4, accuracy={"a": of(0, 40), "b": of(0, 60)}),
+    ]
+    table = comparison_markdown(compared(*lines)).partition("### Accuracy on questions\n\n")[2]
+    header, _, *rows = table.splitlines()[:4]
+    assert header == "| method | active |  | perplexity ratio | all | a | b |"
+    # Wilson's ends for 55, 50 and 0 of 100, from tables.
+    assert "| 52.5% (40.4%-64.4%) |" in rows[0]
+    assert "| 0% (0%-3.7%) | 0% (0%-100%) |" in rows[1]
+
+
 def test_without_questions_there_is_no_table_of_accuracy():
     assert "Accuracy" not in comparison_markdown(compared(line("flap", 0.5, 1.4)))
 

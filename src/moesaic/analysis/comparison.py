@@ -21,6 +21,8 @@ from moesaic.analysis._format import multiple, percent, significant
 if TYPE_CHECKING:
     from moesaic.analysis.suggestion import Prediction
 
+# The questions of all files together.
+ALL = "all"
 NOTHING = "No cell was measured yet."
 # How far a measured fraction may be from its budget.
 TOLERANCE = 0.02
@@ -281,15 +283,24 @@ def _over_seeds(scores: Sequence[Mapping[str, Accuracy]]) -> dict[str, Accuracy]
 
 
 def accuracies(line: Mapping[str, Any]) -> dict[str, Accuracy]:
-    """What a model scored, by file of questions."""
+    """What a model scored, by file of questions; first on those of all files, if all are counted."""
     found = _record.section(line, "accuracy")
+    files = {str(name): _record.section(found, name) for name in found}
     ends = ("acc", "acc_low", "acc_high")
-    return {
-        str(name): Accuracy(
-            *(_record.as_number(_record.section(found, name).get(end), end) for end in ends)
-        )
-        for name in found
+    scores = {
+        name: Accuracy(*(_record.as_number(file.get(end), end) for end in ends))
+        for name, file in files.items()
     }
+    if len(files) < 2 or not all("questions" in file for file in files.values()):
+        return scores
+    counts = {name: int(file["questions"]) for name, file in files.items()}
+    right = sum(round(scores[name].value * count) for name, count in counts.items())
+    total = sum(counts.values())
+    # Seconds to import.
+    from scipy.stats import binomtest
+
+    interval = binomtest(right, total).proportion_ci(0.95, method="wilson")
+    return {ALL: Accuracy(right / total, float(interval.low), float(interval.high)), **scores}
 
 
 def questions(found: Sequence[Entry]) -> list[str]:
