@@ -283,7 +283,7 @@ def _over_seeds(scores: Sequence[Mapping[str, Accuracy]]) -> dict[str, Accuracy]
 
 
 def accuracies(line: Mapping[str, Any]) -> dict[str, Accuracy]:
-    """What a model scored, by file of questions; first on those of all files, if all are counted."""
+    """What a model scored, by file of questions; first on all of them, if they are counted."""
     found = _record.section(line, "accuracy")
     files = {str(name): _record.section(found, name) for name in found}
     ends = ("acc", "acc_low", "acc_high")
