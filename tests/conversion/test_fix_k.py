@@ -70,7 +70,15 @@ def both(options, layout, k, *, num_shared=0, change=None):
     return before, layer(h_TD), count_T
 
 
-@pytest.mark.parametrize("options", [PAPER, {"value": "gate", "normalize": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        PAPER,
+        {"value": "gate", "normalize": "none"},
+        {"value": "gate", "normalize": "none", "rank": 2},
+    ],
+    ids=str,
+)
 def test_gates_that_weigh_are_exact_where_a_token_has_k_blocks(options):
     before, after, count_T = both(options, SIGMOID, 2)
     same = count_T == 2
