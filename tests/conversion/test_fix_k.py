@@ -75,7 +75,7 @@ def both(options, layout, k, *, num_shared=0, change=None):
     [
         PAPER,
         {"value": "gate", "normalize": "none"},
-        {"value": "gate", "normalize": "none", "rank": 2},
+        {"value": "gate", "normalize": "none", "rank": 3},
     ],
     ids=str,
 )
