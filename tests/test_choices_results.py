@@ -1,0 +1,36 @@
+"""What was predicted of the choices in DSMoE: by the committed protocol, and what we say of it."""
+
+import json
+
+import pytest
+from test_house import ROOT, load
+
+from moesaic.recipes.comparison import read_protocol
+
+PROTOCOL = read_protocol(ROOT / "bench" / "choices.yaml")
+HOME = ROOT / "bench" / "results" / "choices"
+FOUND = {p["method"]: p for p in json.loads((HOME / "predictions.json").read_text())["predictions"]}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_every_prediction_is_of_a_setting_at_its_budget(name):
+    found, (budget,) = FOUND[name], PROTOCOL.budgets
+    assert PROTOCOL.methods[name].method == "dsmoe"
+    assert 1 < found["low"] <= found["ratio"] <= found["high"]
+    assert found["budget"] == budget
+    assert abs(found["active"] - budget) <= 0.02
+
+
+def test_the_rule_keeps_what_loses_least_of_all_that_was_tried():
+    others = [p["ratio"] for name, p in FOUND.items() if name.startswith("inputs-")]
+    assert len(others) >= 4
+    assert FOUND["thresholds"]["ratio"] <= min(others)
+
+
+def test_the_page_shows_every_prediction():
+    page = load(ROOT / "docs" / "hooks.py").render("<!-- settings -->")
+    rows = [row for row in page.splitlines() if row.startswith("| ")][2:]
+    assert len(rows) == len(FOUND)
+    for name, found in FOUND.items():
+        (row,) = (row for row in rows if row.startswith(f"| {name} | "))
+        assert f"{found['ratio']:.3f}" in row
