@@ -58,8 +58,7 @@ def test_a_name_that_the_protocol_does_not_have_is_refused(script, protocol, tmp
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["method"])
 def test_the_committed_methods_take_less_than_five_minutes_and_four_gigabytes(row):
-    # dsmoe-thresholds misses five minutes by 2%: placing thresholds computes all neurons once more.
-    assert row["seconds"] < (310 if row["method"] == "dsmoe-thresholds" else 300)
+    assert row["seconds"] < 300
     assert row["peak_bytes"] < 4e9
     assert row["machine"]["cores"] <= 2
     assert row["commit"]
