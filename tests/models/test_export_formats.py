@@ -28,7 +28,7 @@ from moesaic.models.architectures import ARCHITECTURES
 from moesaic.models.export import FORMATS
 from moesaic.models.export._directory import DTYPES
 from moesaic.models.export.check import check_model
-from moesaic.models.export.verify import verify
+from moesaic.models.export.verify import near_ties, verify
 from moesaic.nn.layer import moe_layers
 
 each_format = pytest.mark.parametrize("name", FORMATS)
@@ -91,6 +91,35 @@ def test_a_written_weight_that_is_wrong_is_found(name, tmp_path):
         moe_layers(model)[1].experts.down_proj[0] += 0.05
     with pytest.raises(RunError, match=r"logits differ by .* so it was not kept"):
         verify(made.read(tmp_path), model, random_ids(4, 9))
+
+
+@torch.no_grad()
+def test_experts_that_rounding_chooses_are_no_difference():
+    """One token has two experts at the same place, and the written model takes the other."""
+    case = Case("llama", WIDE)
+    options = {"top_k": 2, "normalize": False}
+    model = converted(case, router="sigmoid-top-k", router_options=options, num_experts=4)
+    ids_BS, routings = random_ids(4, 9), []
+    router = moe_layers(model)[-1].router
+    handle = router.register_forward_hook(lambda router, args, out: routings.append(out))
+    model(ids_BS[:1])
+    handle.remove()
+    # The last expert chosen for one token, and the first that is not.
+    order_E = routings[0].scores_TE[6].sigmoid().argsort(descending=True)
+    gates_E = routings[0].scores_TE[6].sigmoid()
+    router.choice_bias[order_E[2]] = gates_E[order_E[1]] - gates_E[order_E[2]]
+    assert near_ties(model, ids_BS[:1])[6]
+    written, found = copy.deepcopy(model), []
+    for step, message in ((2e-7, ""), (-2e-7, ""), (0.2, "logits differ by"), (-0.2, "differ by")):
+        moe_layers(written)[-1].router.choice_bias.copy_(router.choice_bias)
+        moe_layers(written)[-1].router.choice_bias[order_E[2]] += step
+        if message:
+            with pytest.raises(RunError, match=message):
+                verify(written, model, ids_BS, new_tokens=1)
+        else:
+            found.append(verify(written, model, ids_BS, new_tokens=1))
+    assert sorted(each.tied for each in found) == [0, 3]
+    assert all(each.difference < 1e-6 for each in found)
 
 
 @each_format
