@@ -76,6 +76,12 @@ def test_a_conversion_that_is_lost():
     assert said[2].endswith("flap at 0.75 (50%) and 0.5 (2.50 times the perplexity).")
 
 
+def test_one_budget_has_no_other_to_take():
+    cells = tuple(p for p in suggestion(dsmoe=[1.1, 1.5, 2.0]).predictions if p.budget == 0.5)
+    asked = Suggestion(conversion="dsmoe", budgets=(0.5,), predictions=cells)
+    assert advice(asked)[1] == "dsmoe loses 50% at 0.5: convert only if you will train."
+
+
 def test_what_is_off_its_budget_or_refused_is_not_compared():
     cells = suggestion(dsmoe=[1.1, 1.2, 1.3], teal=[None, None, None]).predictions
     off = Prediction(

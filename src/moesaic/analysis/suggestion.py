@@ -137,7 +137,8 @@ def _what_to_do(suggestion: Suggestion, own: Sequence[Prediction]) -> str:
     least_loss = min(own, key=lambda p: p.loss)
     if least_loss.loss > LOST:
         return f"{name} loses {losses}: do not convert without training."
-    return f"{name} loses {losses}: convert only if you will train, or take {least_loss.budget:g}."
+    instead = f", or take {least_loss.budget:g}" if len(own) > 1 else ""
+    return f"{name} loses {losses}: convert only if you will train{instead}."
 
 
 def _pruning(suggestion: Suggestion, own: Sequence[Prediction]) -> list[str]:
