@@ -14,7 +14,8 @@ from moesaic.conversion.fix_k import FixK
 from moesaic.models import new_manifest, save
 from moesaic.models.checkpoint import verify_files
 from moesaic.models.export import FORMATS, _directory
-from moesaic.models.export.verify import verify
+from moesaic.models.export.verify import near_ties, verify
+from moesaic.nn.layer import moe_layers
 from moesaic.recipes.exporting import ExportConfig, export, plan_export
 
 LLAMA = [name for name in FORMATS if name != "qwen3_moe"]
@@ -206,9 +207,19 @@ def test_a_wrong_export_leaves_nothing(checkpoint, texts, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-def test_text_that_differs_without_a_tie_is_found():
-    """Same logits on the prompts, another continuation: what only generation shows."""
+@pytest.mark.parametrize("tied", [False, True])
+def test_text_that_differs_is_found(tied):
+    """Same logits on the prompts, another continuation: what only generation shows.
+
+    Ties of experts everywhere are no excuse for every prompt.
+    """
     model = fitting("glm4_moe")
+    if tied:
+        with torch.no_grad():
+            for layer in moe_layers(model):
+                layer.router.weight.zero_()
+                layer.router.choice_bias.zero_()
+        assert near_ties(model, random_ids(1, 9)).all()
 
     class Other:
         def __call__(self, **inputs):
