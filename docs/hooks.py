@@ -321,8 +321,9 @@ def _conversions() -> str:
 def _settings() -> str:
     """Tabulate what was predicted of the protocol `bench/choices.yaml`, in its order."""
     root = _PACKAGE.parents[1] / "bench"
-    path = root / "results" / "choices" / "predictions.json"
-    found = {p["method"]: p for p in json.loads(path.read_text("utf-8"))["predictions"]}
+    text = (root / "results" / "choices" / "predictions.jsonl").read_text("utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    found = {line["method"]: line["prediction"] for line in lines}
     protocol = yaml.safe_load((root / "choices.yaml").read_text("utf-8"))
     return _rows(
         ("", "settings", "predicted", "95% interval"),

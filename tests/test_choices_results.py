@@ -1,19 +1,23 @@
 """What was predicted of the choices in DSMoE: by the committed protocol, and what we say of it."""
 
-import json
-
 import pytest
+from committed import check_line, predictions_of
 from test_house import ROOT, hooks
 
 from moesaic.recipes.comparison import read_protocol
 
 PROTOCOL = read_protocol(ROOT / "bench" / "choices.yaml")
-HOME = ROOT / "bench" / "results" / "choices"
-FOUND = {p["method"]: p for p in json.loads((HOME / "predictions.json").read_text())["predictions"]}
+LINES = predictions_of("choices")
+FOUND = {cell.method: line["prediction"] for cell, line in LINES.items()}
+
+
+@pytest.mark.parametrize("cell", LINES, ids=lambda cell: cell.key)
+def test_predictions_are_those_of_the_protocol_from_a_clean_tree(cell):
+    check_line(PROTOCOL, cell, LINES[cell])
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_every_prediction_is_of_a_setting_at_its_budget(name):
+def test_every_prediction_is_of_dsmoe_at_its_budget(name):
     found, (budget,) = FOUND[name], PROTOCOL.budgets
     assert PROTOCOL.methods[name].method == "dsmoe"
     assert 1 < found["low"] <= found["ratio"] <= found["high"]

@@ -3,16 +3,18 @@
 import shutil
 
 import pytest
+from committed import check_line, lines_of, predictions_of
 from test_house import ROOT
 
 from moesaic.analysis import checks
 from moesaic.analysis.comparison import entries, verdict
-from moesaic.recipes.comparison import cell_of, read_lines, read_protocol, write_comparison
-from moesaic.recipes.comparison.run import gather, grid_of
+from moesaic.recipes.comparison import read_protocol, write_comparison
+from moesaic.recipes.comparison.run import gather
 
 HOME = ROOT / "bench" / "results" / "quality"
 PROTOCOL = read_protocol(ROOT / "bench" / "quality.yaml")
-LINES = {cell_of(line): line for line in read_lines(HOME)}
+LINES = lines_of("quality")
+PREDICTIONS = predictions_of("quality")
 # Whole blocks, and with thresholds within them.
 OURS = ("dsmoe", "dsmoe-thresholds")
 
@@ -35,14 +37,16 @@ def done(active):
 
 @pytest.mark.parametrize("cell", LINES, ids=lambda cell: cell.key)
 def test_cells_were_measured_by_the_committed_protocol_from_a_clean_tree(cell):
-    line = LINES[cell]
-    assert grid_of(PROTOCOL).is_current(cell, line)
-    assert line["versions"]["commit"]
-    assert "-dirty" not in line["versions"]["commit"]
+    check_line(PROTOCOL, cell, LINES[cell])
+
+
+@pytest.mark.parametrize("cell", PREDICTIONS, ids=lambda cell: cell.key)
+def test_predictions_are_those_of_the_committed_protocol_from_a_clean_tree(cell):
+    check_line(PROTOCOL, cell, PREDICTIONS[cell])
 
 
 def test_the_report_is_that_of_the_lines(tmp_path):
-    for name in ("results.jsonl", "dense.json", "run.json", "predictions.json"):
+    for name in ("results.jsonl", "dense.json", "run.json", "predictions.jsonl"):
         shutil.copy(HOME / name, tmp_path)
     write_comparison(PROTOCOL, tmp_path)
     assert (HOME / "report.md").read_text() == (tmp_path / "report.md").read_text()

@@ -3,10 +3,10 @@
 import shutil
 
 import pytest
+from committed import check_line, lines_of
 from test_house import ROOT, hooks
 
-from moesaic.recipes.comparison import build_protocol, cell_of, read_lines, write_comparison
-from moesaic.recipes.comparison.run import grid_of
+from moesaic.recipes.comparison import build_protocol, write_comparison
 from moesaic.recipes.recipe import read_values
 
 HOME = ROOT / "bench" / "results" / "questions"
@@ -18,15 +18,13 @@ PROTOCOL = build_protocol(
         ("questions.per_domain=50",),
     )
 )
-LINES = {cell_of(line): line for line in read_lines(HOME)}
+LINES = lines_of("questions")
 
 
 @pytest.mark.parametrize("cell", LINES, ids=lambda cell: cell.key)
 def test_cells_are_those_of_the_protocol_from_a_clean_tree(cell):
     line = LINES[cell]
-    assert grid_of(PROTOCOL).is_current(cell, line)
-    assert line["versions"]["commit"]
-    assert "-dirty" not in line["versions"]["commit"]
+    check_line(PROTOCOL, cell, line)
     domains = ("code", "docs", "prose")
     wanted = {f"{kind}-{domain}" for kind in ("continuation", "last-word") for domain in domains}
     assert line["accuracy"].keys() == wanted

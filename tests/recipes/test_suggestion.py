@@ -107,6 +107,42 @@ def test_cells_are_predicted_in_parts(root, tmp_path):
     assert [p.budget for p in both] == [0.5, 0.3]
 
 
+def test_predictions_go_on_after_an_interruption(root, tmp_path, monkeypatch):
+    """What was predicted is kept, and predicted again where it is of other settings or trials."""
+    few = TrialConfig(first_blocks=1, most_blocks=1)
+    told = []
+
+    def budgets_read(of, trials=few, **options):
+        told.clear()
+        found = suggest_cells(of, tmp_path, all_cells(of), trials, **options)
+        return [p.budget for p in found], told.copy()
+
+    measure = Reading.measure
+
+    def measured(self, model, name, **options):
+        told.append(float(name.rpartition(" ")[2]))
+        if told[-1] == stop:
+            raise KeyboardInterrupt
+        return measure(self, model, name, **options)
+
+    monkeypatch.setattr(Reading, "measure", measured)
+    of = protocol(root, methods={"flap": {"compress": "flap", "options": {"multiple": 1}}})
+    stop = 0.25
+    with pytest.raises(KeyboardInterrupt):
+        budgets_read(of)
+    stop = None
+    assert budgets_read(of) == ([0.75, 0.5, 0.25], [0.25])
+    assert budgets_read(of) == ([0.75, 0.5, 0.25], [])
+    assert budgets_read(of, redo=True) == ([0.75, 0.5, 0.25], [0.75, 0.5, 0.25])
+    other = replace(few, most_blocks=2)
+    assert budgets_read(of, other) == ([0.75, 0.5, 0.25], [0.75, 0.5, 0.25])
+    changed = protocol(root, methods={"flap": {"compress": "flap", "options": {"multiple": 2}}})
+    assert not write_comparison(changed, tmp_path)[0].predictions
+    assert budgets_read(changed, other) == ([0.75, 0.5, 0.25], [0.75, 0.5, 0.25])
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["versions"]["commit"] for line in lines)
+
+
 def test_what_is_suggested(root):
     dense = load_dense(str(root / "dense"))
     before = {name: value.clone() for name, value in dense.state_dict().items()}

@@ -54,7 +54,7 @@ class Options:
             seed=0`; values of one field add up, different fields narrow down.
         shard: `i/n`, to do the i-th of n parts; each part has a directory of its own.
         also: Directories of other parts, whose results the report takes in.
-        redo: Measure cells that are done once more.
+        redo: Measure cells that are done once more, or with `suggest` predict them once more.
         report: Write the report of what is there and measure nothing.
         suggest: Predict the cells of methods without training from short trials and measure
             nothing; the report then says how far predictions are off what was measured.
@@ -157,7 +157,7 @@ def run(argv: Sequence[str]) -> int:
         if name != "methods":
             raise InputError(f"suggest must be off for protocol.kind {name!r}; leave it out")
         with TerminalProgress() as progress:
-            suggest_cells(protocol, options.out, cells, progress=progress)
+            suggest_cells(protocol, options.out, cells, progress=progress, redo=options.redo)
     elif not options.report:
         with TerminalProgress() as progress:
             lines = kind.compare(protocol, options.out, selection, progress, redo=options.redo)

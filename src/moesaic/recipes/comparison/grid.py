@@ -17,7 +17,7 @@ from typing import Any
 from moesaic._errors import InputError, RunError
 from moesaic._progress import Progress
 from moesaic.recipes.claim import claim, held, holds_run
-from moesaic.recipes.comparison.lines import add_line, cell_of, read_lines
+from moesaic.recipes.comparison.lines import RESULTS, add_line, cell_of, read_lines
 from moesaic.recipes.comparison.process import Outcome
 
 logger = logging.getLogger(__name__)
@@ -54,10 +54,10 @@ class Grid:
         """What its cells are."""
         return type(self.cells[0])
 
-    def results(self, directory: Path) -> dict[Any, dict[str, Any]]:
-        """The lines of a directory by what they are the results of."""
+    def lines(self, directory: Path, name: str = RESULTS) -> dict[Any, dict[str, Any]]:
+        """The lines of a file in a directory, by their cells."""
         cell_class = self.cell_class
-        return {cell_of(line, cell_class): line for line in read_lines(directory, cell_class)}
+        return {cell_of(line, cell_class): line for line in read_lines(directory, cell_class, name)}
 
     def is_current(self, cell: Any, line: Mapping[str, Any]) -> bool:
         """Whether the present settings gave a line."""
@@ -67,9 +67,9 @@ class Grid:
                 return False
         return True
 
-    def is_done(self, results: Mapping[Any, dict[str, Any]], cell: Any) -> bool:
-        """Whether a cell has a result that is no error and that its present settings gave."""
-        line = results.get(cell)
+    def is_done(self, lines: Mapping[Any, dict[str, Any]], cell: Any) -> bool:
+        """Whether a cell has a line that is no error and that its present settings gave."""
+        line = lines.get(cell)
         return line is not None and line["status"] != "error" and self.is_current(cell, line)
 
 
@@ -100,7 +100,7 @@ def fill(
     """
     with held(directory):
         claim(directory, grid.protocol.common(), "protocol")
-        results = grid.results(directory)
+        results = grid.lines(directory)
         pending = [cell for cell in cells if redo or not grid.is_done(results, cell)]
         if redo:
             for cell in pending:
@@ -171,7 +171,7 @@ def list_cells(
     Returns:
         Plain data, one entry for each cell.
     """
-    results = grid.results(directory)
+    results = grid.lines(directory)
     measured: dict[Hashable, list[float]] = {}
     for cell, line in results.items():
         # What went on after an interruption says what its last part took.
@@ -186,8 +186,10 @@ def list_cells(
     return listed
 
 
-def gather_lines(grid: Grid, directories: Sequence[Path]) -> list[dict[str, Any]]:
-    """Bring the current results of directories together, as those of shards, in order of cells.
+def gather_lines(
+    grid: Grid, directories: Sequence[Path], name: str = RESULTS
+) -> list[dict[str, Any]]:
+    """Bring the current lines of directories together, as those of shards, in order of cells.
 
     Raises:
         InputError: If a directory holds the results of another protocol, or none.
@@ -199,8 +201,8 @@ def gather_lines(grid: Grid, directories: Sequence[Path]) -> list[dict[str, Any]
             raise InputError(
                 f"{directory} holds no results of this protocol; give a directory that it wrote"
             )
-        for cell, line in grid.results(directory).items():
-            # Of two results of a cell the one that says something counts.
+        for cell, line in grid.lines(directory, name).items():
+            # Of two lines of a cell the one that says something counts.
             better = cell not in lines or lines[cell]["status"] != "done"
             if cell in wanted and better and grid.is_current(cell, line):
                 lines[cell] = line

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moesaic._config import plain_defaults, to_plain
+from moesaic._config import build_config, plain_defaults, to_plain
 from moesaic._errors import InputError
 from moesaic._files import read_json, write_text
 from moesaic._progress import SILENT, Progress
@@ -20,14 +20,15 @@ from moesaic.analysis import (
     predictions_markdown,
     render_comparison,
 )
+from moesaic.analysis.suggestion import Prediction
 from moesaic.evaluation.machine import flops_per_s
 from moesaic.models.architectures import ARCHITECTURES
 from moesaic.models.checkpoint import check_weights, read_config
 from moesaic.recipes.comparison.cells import Cell, Selection, all_cells, select
 from moesaic.recipes.comparison.grid import Grid, Runner, fill, gather_lines, list_cells
+from moesaic.recipes.comparison.lines import PREDICTIONS
 from moesaic.recipes.comparison.measure import resolved
 from moesaic.recipes.comparison.pairs import paired
-from moesaic.recipes.comparison.predictions import read_predictions
 from moesaic.recipes.comparison.process import run_piece
 from moesaic.recipes.comparison.protocol import Protocol
 from moesaic.recipes.plan import check_model, check_positions, check_train, estimate_parameters
@@ -192,11 +193,6 @@ def gather(protocol: Protocol, directories: Sequence[Path]) -> Comparison:
     """
     grid = grid_of(protocol)
     lines = gather_lines(grid, directories)
-    predictions = {
-        (prediction.method, prediction.budget): prediction
-        for directory in directories
-        for prediction in read_predictions(directory)
-    }
     dense = next((d / "dense.json" for d in directories if (d / "dense.json").is_file()), None)
     return Comparison(
         protocol=protocol.plain(),
@@ -204,11 +200,8 @@ def gather(protocol: Protocol, directories: Sequence[Path]) -> Comparison:
         lines=lines,
         pairs=paired(lines, protocol.heldout.quality),
         predictions=[
-            prediction
-            for prediction in predictions.values()
-            if any(
-                (c.method, c.active) == (prediction.method, prediction.budget) for c in grid.cells
-            )
+            build_config(Prediction, line["prediction"], where=f"{PREDICTIONS}: prediction")
+            for line in gather_lines(grid, directories, PREDICTIONS)
         ],
     )
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -168,11 +168,10 @@ def suggest_from(
         methods.append(parent.blocks(config))
     reading = Reading(dense, text, stats.num_tokens // text.block, seed, trials, progress)
     cells = [(method, budget) for method in methods for budget in budgets]
-    predictions = predict(cells, reading, dense, progress)
     return Suggestion(
         conversion=name,
         budgets=budgets,
-        predictions=tuple(predictions),
+        predictions=tuple(predict(cells, reading, dense, progress)),
         seconds=round(time.monotonic() - start, 1),
     )
 
@@ -186,8 +185,8 @@ def predict(
     reading: Reading,
     dense: PreTrainedModel,
     progress: Progress = SILENT,
-) -> list[Prediction]:
-    """Measure trials at their budgets.
+) -> Iterator[Prediction]:
+    """Measure trials at their budgets, one after the other.
 
     Args:
         cells: Trials with the budget of each.
@@ -195,12 +194,11 @@ def predict(
         dense: Their parent.
         progress: Told of every cell.
 
-    Returns:
+    Yields:
         One prediction for each; of a trial that refuses its budget, or whose loss is not finite,
         with the reason.
     """
     weights = ffn_weights(dense)
-    found = []
     with progress.stage("trials", len(cells), "cells") as stage:
         for trial, budget in cells:
             about: dict[str, Any] = {
@@ -221,17 +219,15 @@ def predict(
             except CheckpointError:
                 raise
             except (InputError, RunError) as error:
-                found.append(Prediction(**about, reason=str(error)))
+                found = Prediction(**about, reason=str(error))
             else:
-                found.append(
-                    Prediction(
-                        **about,
-                        ratio=lost.ratio.value**in_full,
-                        low=lost.ratio.low**in_full,
-                        high=lost.ratio.high**in_full,
-                        active=round(measured, 4),
-                        blocks=lost.blocks,
-                    )
+                found = Prediction(
+                    **about,
+                    ratio=lost.ratio.value**in_full,
+                    low=lost.ratio.low**in_full,
+                    high=lost.ratio.high**in_full,
+                    active=round(measured, 4),
+                    blocks=lost.blocks,
                 )
             stage.advance()
-    return found
+            yield found
