@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesaic._errors import InputError, RunError
+from moesaic._hooks import hooked
 from moesaic._progress import Progress
 from moesaic.calibration.stats import Measured
 from moesaic.calibration.unfinished import keep, restore
@@ -168,12 +169,8 @@ class _WeightSums:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Take every gradient as soon as a backward pass has it."""
-        handles = [p.register_post_accumulate_grad_hook(self._take) for p in self.shares]
-        try:
+        with hooked(p.register_post_accumulate_grad_hook(self._take) for p in self.shares):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _take(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
@@ -244,11 +241,8 @@ def _neuron_values(layers: list[nn.Module], row: Architecture) -> Iterator[dict[
         attrgetter(row.down)(layer).register_forward_pre_hook(watch(index))
         for index, layer in enumerate(layers)
     ]
-    try:
+    with hooked(handles):
         yield values
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _activation_importance(a: Tensor | None, index: int) -> Tensor:

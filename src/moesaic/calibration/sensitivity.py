@@ -20,6 +20,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moesaic._hooks import hooked
 from moesaic._progress import SILENT, Progress
 from moesaic.calibration.unfinished import keep, restore
 from moesaic.models.architectures import architecture_of
@@ -62,10 +63,6 @@ def layer_sensitivity(
         return hook
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    handles = [
-        ffn_output(layer, row).register_forward_hook(watch(index))
-        for index, layer in enumerate(layers)
-    ]
     generator = torch.Generator().manual_seed(seed)
     sums_L = torch.zeros(len(layers), dtype=torch.float64)
     first, kept = restore(store)
@@ -73,9 +70,14 @@ def layer_sensitivity(
         sums_L.copy_(kept["sums_L"])
         generator.set_state(kept["generator"])
     num_left = ids_NS[first:].numel()
+    handles = [
+        ffn_output(layer, row).register_forward_hook(watch(index))
+        for index, layer in enumerate(layers)
+    ]
+    stage_of = progress.stage("sensitivity", num_left, "tokens")
     try:
         model.requires_grad_(False)
-        with torch.enable_grad(), progress.stage("sensitivity", num_left, "tokens") as stage:
+        with hooked(handles), torch.enable_grad(), stage_of as stage:
             for block in range(first, len(ids_NS)):
                 ids_1S = ids_NS[block : block + 1]
                 logits_SV = model(input_ids=ids_1S, use_cache=False).logits[0].float()
@@ -92,8 +94,6 @@ def layer_sensitivity(
                 keep(store, block + 1, {"sums_L": sums_L, "generator": generator.get_state()})
                 stage.advance(ids_1S.numel())
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
     return (sums_L / ids_NS.numel()).tolist()

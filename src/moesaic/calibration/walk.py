@@ -15,7 +15,7 @@ Shapes: N blocks, S tokens of a block, T = N * S tokens, D model width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesaic._errors import RunError
+from moesaic._hooks import hooked
 from moesaic._progress import SILENT, Progress, Stage
 from moesaic.calibration.unfinished import keep, restore
 from moesaic.models.architectures import architecture_of
@@ -127,7 +128,8 @@ def walk_layers(
         for index in range(first, len(layers)):
             layer, network = layers[index], ffn_module(layers[index], row)
             pieces = hidden_NSD.split(batch_blocks)
-            with _hooked(network, inputs.keep):
+            # After the hooks that are there, so that it sees what the network gets.
+            with hooked([network.register_forward_pre_hook(inputs.keep)]):
                 if sequential:
                     _look(layer, network, pieces, arguments[index])
                 else:
@@ -156,22 +158,10 @@ def _look(
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         raise _ReachedError
 
-    with _hooked(network, stop):
+    with hooked([network.register_forward_pre_hook(stop)]):
         for piece_NSD in pieces:
             with contextlib.suppress(_ReachedError):
                 layer(piece_NSD, **arguments)
-
-
-@contextlib.contextmanager
-def _hooked(
-    network: nn.Module, hook: Callable[[nn.Module, tuple[Tensor, ...]], None]
-) -> Iterator[None]:
-    """Run a hook in front of a network, after those that are there, while the block lasts."""
-    handle = network.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _layer_arguments(
@@ -190,11 +180,8 @@ def _layer_arguments(
         layer.register_forward_pre_hook(note(index), with_kwargs=True)
         for index, layer in enumerate(layers)
     ]
-    try:
+    with hooked(handles):
         model(input_ids=ids_1S, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return arguments
 
 
@@ -207,10 +194,6 @@ def _embed(model: PreTrainedModel, first_layer: nn.Module, ids_NS: Tensor) -> Te
         raise _ReachedError
 
     handle = first_layer.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
+    with hooked([handle]), contextlib.suppress(_ReachedError):
         model(input_ids=ids_NS, use_cache=False)
-    except _ReachedError:
-        pass
-    finally:
-        handle.remove()
     return seen[0]

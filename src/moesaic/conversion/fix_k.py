@@ -18,8 +18,7 @@ Shapes: T tokens, N sequences, S positions, D model width, E blocks, F width of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,6 +29,7 @@ from transformers import PreTrainedModel
 
 from moesaic._config import to_plain
 from moesaic._errors import InputError
+from moesaic._hooks import hooked
 from moesaic._progress import SILENT, Progress
 from moesaic.models.export._base import Layout
 from moesaic.models.modeling import MoesaicMixin
@@ -206,24 +206,15 @@ def measure_gates(
         zeros_E = torch.zeros(layer.config.num_experts, dtype=torch.float64)
         uses.append(GateUse(0, zeros_E, zeros_E.clone()))
     stage_of = progress.stage("gates", ids_NS.numel(), "tokens")
-    with _watched(layers, uses, moments), stage_of as stage:
-        for ids_BS in ids_NS.split(2):
-            model(input_ids=ids_BS.to(model.device), use_cache=False, logits_to_keep=1)
-            stage.advance(ids_BS.numel())
-    return uses
-
-
-@contextmanager
-def _watched(layers: list[MoELayer], uses: list[GateUse], moments: bool) -> Iterator[None]:
     handles = [
         _router(layer).register_forward_hook(partial(_count, use, moments))
         for layer, use in zip(layers, uses, strict=True)
     ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), stage_of as stage:
+        for ids_BS in ids_NS.split(2):
+            model(input_ids=ids_BS.to(model.device), use_cache=False, logits_to_keep=1)
+            stage.advance(ids_BS.numel())
+    return uses
 
 
 def _count(

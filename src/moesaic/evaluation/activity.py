@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from moesaic._hooks import hooked
 from moesaic.nn.experts._base import Experts, constant_share
 from moesaic.nn.layer import moe_layers
 from moesaic.nn.routing import Routing
@@ -99,11 +100,8 @@ def record_use(
         if layer.shared is not None:
             keep = partial(_keep_shared, use, share.shared)
             handles.append(layer.shared.register_forward_hook(keep))
-    try:
+    with hooked(handles):
         yield uses
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _keep_routing(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moesaic._config import build_config
 from moesaic._errors import InputError
+from moesaic._hooks import hooked
 from moesaic.nn.bypass import Bypass
 from moesaic.nn.experts._base import Experts, ExpertsConfig
 from moesaic.nn.experts._mixed import MixedExperts
@@ -426,11 +427,8 @@ def pass_state(
         for layer in layers:
             handles.append(layer.register_forward_pre_hook(give, with_kwargs=True))
             handles.extend(router.register_forward_hook(keep) for router in layer.routers())
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -458,11 +456,8 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
         # Also those inside of others, where experts differ in kind.
         found = [module for module in layer.modules() if isinstance(module, Experts)]
         handles += [experts.register_forward_hook(drive) for experts in found]
-    try:
+    with hooked(handles):
         yield routings
         # Not in the pass: a layer that is recomputed runs without hooks, and has to do the same.
         for index, experts, routing in driven:
             routings[index] = routings[index].charge(experts.aux_losses(routing))
-    finally:
-        for handle in handles:
-            handle.remove()

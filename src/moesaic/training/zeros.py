@@ -19,6 +19,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from moesaic._hooks import hooked
 from moesaic.nn.experts._base import STRAY_ZEROS
 from moesaic.nn.layer import moe_layers
 
@@ -62,11 +63,8 @@ def zeros_kept(model: nn.Module) -> Iterator[None]:
         for parameter in pruned_zeros(model)
         if parameter.requires_grad
     ]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _mask(zero: Tensor, parameter: Tensor) -> None:

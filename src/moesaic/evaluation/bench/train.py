@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from moesaic._errors import InputError, RunError
+from moesaic._hooks import hooked
 from moesaic._progress import SILENT, Progress
 from moesaic.evaluation.bench.cell import (
     DENSE,
@@ -282,11 +283,10 @@ def _set_active(model: PreTrainedModel, config: TrainBenchConfig, fraction: floa
         router.threshold = gates_TE.float().flatten().quantile(1 - fraction).item()
 
     # Layer after layer in one pass: what a layer sees depends on the thresholds before it.
-    handles = [layer.router.register_forward_pre_hook(settle) for layer in moe_layers(model)]  # type: ignore[union-attr]
-    with torch.no_grad():
+    routers = [router for layer in moe_layers(model) for router in layer.routers()]
+    handles = [router.register_forward_pre_hook(settle) for router in routers]
+    with hooked(handles), torch.no_grad():
         model(_ids(config))
-    for handle in handles:
-        handle.remove()
 
 
 def _active(model: PreTrainedModel, config: TrainBenchConfig) -> float:

@@ -1,10 +1,8 @@
-"""What the bounds share: how much is kept, pieces of bounded memory, and hooks that go."""
+"""What the bounds share: how much is kept, and pieces of bounded memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
-from torch.utils.hooks import RemovableHandle
+from collections.abc import Iterator
 
 from moesaic._errors import InputError
 
@@ -38,9 +36,3 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse what is none of the choices."""
     if value not in choices:
         raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def remove(handles: Iterable[RemovableHandle]) -> None:
-    """Remove hooks."""
-    for handle in handles:
-        handle.remove()

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from moesaic._config import method_config
 from moesaic._errors import InputError
+from moesaic._hooks import hooked
 from moesaic._progress import SILENT, Progress
 from moesaic.calibration.collectors import block_outputs
 from moesaic.calibration.stats import CalibrationStats
@@ -31,7 +32,7 @@ from moesaic.conversion._active import whole_experts
 from moesaic.conversion._table import CONVERSIONS
 from moesaic.conversion.partition._base import validate_num_experts
 from moesaic.evaluation.bounds import _common
-from moesaic.evaluation.bounds._common import check_choice, check_fraction, count_kept, remove
+from moesaic.evaluation.bounds._common import check_choice, check_fraction, count_kept
 from moesaic.models.ffn import dense_ffn_width
 from moesaic.nn.experts._base import Experts
 from moesaic.nn.layer import moe_layers
@@ -165,13 +166,10 @@ def block_bound(
     """
     routed = _routed(model)
     kept = [count_kept(active, experts.num_experts, "blocks") for _, experts in routed]
-    handles = _keep(model, kept, by)
-    try:
+    with hooked(_keep(model, kept, by)):
         yield sum(
             k / experts.num_experts for k, (_, experts) in zip(kept, routed, strict=True)
         ) / len(routed)
-    finally:
-        remove(handles)
 
 
 def _routed(model: PreTrainedModel) -> Sequence[tuple[nn.Module, Experts]]:

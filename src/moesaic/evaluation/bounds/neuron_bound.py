@@ -22,10 +22,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moesaic._errors import InputError
+from moesaic._hooks import hooked
 from moesaic._progress import SILENT, Progress
 from moesaic.calibration.stats import CalibrationStats
 from moesaic.evaluation.bounds import _common
-from moesaic.evaluation.bounds._common import check_choice, check_fraction, count_kept, remove
+from moesaic.evaluation.bounds._common import check_choice, check_fraction, count_kept
 from moesaic.models.architectures import ARCHITECTURES, architecture_of
 from moesaic.models.ffn import FFN, decoder_layers, ffn_module, read_ffn
 from moesaic.ops.weights import activation
@@ -99,10 +100,8 @@ def neuron_bound(
         InputError: If the model is no dense one, has no gates to go by, or nothing would be kept.
     """
     handles, kept = _keep(model, active, by)
-    try:
+    with hooked(handles):
         yield kept
-    finally:
-        remove(handles)
 
 
 def _keep(

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from moesaic._errors import RunError
+from moesaic._hooks import hooked
 from moesaic.nn.layer import moe_layers
 from moesaic.nn.routers._base import Router
 from moesaic.nn.routing import Routing
@@ -128,12 +129,8 @@ def near_ties(model: PreTrainedModel, ids_1S: Tensor) -> Tensor:
         tied_S.logical_or_(_is_near(router, routing).cpu())
 
     routers = [layer.router for layer in moe_layers(model) if layer.router is not None]
-    handles = [router.register_forward_hook(look) for router in routers]
-    try:
+    with hooked(router.register_forward_hook(look) for router in routers):
         model(input_ids=ids_1S, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return tied_S
 
 
