@@ -157,7 +157,7 @@ def test_what_is_suggested(root):
     assert suggestion.budgets == (0.75, 0.5)
     assert [(p.method, p.budget) for p in suggestion.predictions] == [
         (method, budget)
-        for method in ("dsmoe", "flap", "teal", "neuron-bound", "block-bound")
+        for method in ("dsmoe", "flap", "wanda", "teal", "neuron-bound", "block-bound")
         for budget in (0.75, 0.5)
     ]
     by_cell = {(p.method, p.budget): p for p in suggestion.predictions}

@@ -34,7 +34,7 @@ class TrialConfig:
         most_blocks: Blocks of each domain that it reads at most, where the interval stays wide.
         fit_steps: Steps of the fit of each DSMoE router.
         fit_tokens: Calibration tokens of that fit.
-        sample_tokens: Calibration tokens that thresholds on activations are placed by.
+        sample_tokens: Calibration tokens of compressions that go by the size of activations.
     """
 
     first_blocks: int = 2

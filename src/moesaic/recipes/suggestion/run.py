@@ -33,6 +33,7 @@ from moesaic.analysis.comparison import BOUND
 from moesaic.analysis.suggestion import Prediction, Suggestion
 from moesaic.calibration import CalibrationConfig, CalibrationStats, calibrate
 from moesaic.compression.pruning.flap import FLAP
+from moesaic.compression.pruning.wanda import Wanda
 from moesaic.compression.sparsity.teal import TEAL
 from moesaic.conversion.api import conversion_of
 from moesaic.conversion.dsmoe import DSMoE
@@ -44,7 +45,7 @@ from moesaic.recipes.suggestion.trials import Parent, Trial
 
 BUDGETS = (0.75, 0.625, 0.5, 0.375, 0.25)
 # What could be done instead of a conversion.
-_INSTEAD: dict[str, Any] = {"flap": FLAP(), "teal": TEAL()}
+_INSTEAD: dict[str, Any] = {"flap": FLAP(), "wanda": Wanda(), "teal": TEAL()}
 
 
 def suggest(
@@ -58,9 +59,10 @@ def suggest(
     trials: TrialConfig | None = None,
     progress: Progress = SILENT,
 ) -> Suggestion:
-    """Predict what a conversion, static pruning (FLAP) and thresholds (TEAL) lose without training.
+    """Predict what a conversion loses without training, and what could be done instead.
 
-    The bounds on neurons and, for DSMoE with fitted routers, on its blocks are beside them.
+    Beside it are static pruning of neurons (FLAP) and of single weights (Wanda), thresholds on
+    activations (TEAL), the bound on neurons and, for DSMoE with fitted routers, that on its blocks.
     `moesaic.analysis.advice` puts the answer into words. Takes memory for three models.
 
     Args:

@@ -1,10 +1,10 @@
 """Methods put in place at a budget, at little cost.
 
-Most are simply applied, to a copy of the parent; thresholds on activations with few calibration
-tokens. DSMoE, whose routers are what takes time, has them fitted once, in few steps, on few tokens
-and at half of the network; its layers are then settled on every budget. How much more so short a
-fit loses is measured on a few layers that are fitted in full as well: to first order a model loses
-the sum of what its layers do.
+Most are simply applied, to a copy of the parent; those that go by the size of activations with few
+calibration tokens. DSMoE, whose routers are what takes time, has them fitted once, in few steps, on
+few tokens and at half of the network; its layers are then settled on every budget. How much more so
+short a fit loses is measured on a few layers that are fitted in full as well: to first order a
+model loses the sum of what its layers do.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from moesaic.recipes.suggestion.reading import TrialConfig
 _FIT_AT = 0.5
 # Layers that are fitted in full as well, evenly spaced.
 _IN_FULL = 3
+# Compressions that go by the size of activations, which few tokens tell.
+_BY_SIZE = ("teal", "wanda")
 
 
 class Placed(NamedTuple):
@@ -95,8 +97,7 @@ class Parent:
         """
         static = "static" in METHODS[kind][method].abilities
         stats = self.stats
-        # Thresholds on activations: a few tokens place them, and what weighs them is slow.
-        if stats is not None and kind == "compress" and not static:
+        if stats is not None and method in _BY_SIZE:
             stats = stats.thinned(self.config.sample_tokens)
 
         @contextmanager
