@@ -1,6 +1,7 @@
 """The committed comparison: measured by the committed protocol, told as it was measured."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 from committed import check_line, lines_of, predictions_of
@@ -8,6 +9,7 @@ from test_house import ROOT
 
 from moesaic.analysis import checks
 from moesaic.analysis.comparison import entries, verdict
+from moesaic.conversion.dsmoe import PRESETS
 from moesaic.recipes.comparison import read_protocol, write_comparison
 from moesaic.recipes.comparison.run import gather
 
@@ -61,6 +63,11 @@ def test_four_predictions_in_five_are_within_fifteen_percent():
 def trained(method, active):
     """The line of a method after training."""
     return next(line for line in done(active) if line["method"] == method and line["trained"])
+
+
+def test_the_preset_is_what_was_measured():
+    measured = PROTOCOL.methods["dsmoe-thresholds"].config(0.5, 0)
+    assert measured == replace(PRESETS["thresholds"], experts=96, active=0.5)
 
 
 def test_half_active_holds_what_we_ask_of_it():

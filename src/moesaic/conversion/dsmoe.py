@@ -61,6 +61,8 @@ _LOUD_TOKENS = 1024
 class DSMoE:
     """Settings of the conversion; `PRESETS["paper"]` has the paper's.
 
+    `PRESETS["thresholds"]` loses least at a count of weights, and saves no time on a CPU.
+
     Attributes:
         experts: Blocks E of every layer; must divide the width of the network. Smaller blocks lose
             less at the same active fraction and are slower to gather.
@@ -242,6 +244,7 @@ PRESETS: dict[str, DSMoE] = {
         router=SigmoidThresholdConfig(),
         sparse_coef=1.0,
     ),
+    "thresholds": DSMoE(kept=None, inputs=None),
 }
 
 
