@@ -13,7 +13,13 @@ from moesaic.analysis import (
 )
 from moesaic.analysis.suggestion import forecasts, predictions_markdown
 
-KINDS = {"dsmoe": "convert", "flap": "compress", "teal": "compress", "neuron-bound": "bound"}
+KINDS = {
+    "dsmoe": "convert",
+    "dsmoe-thresholds": "convert",
+    "flap": "compress",
+    "teal": "compress",
+    "neuron-bound": "bound",
+}
 
 
 def suggestion(**ratios):
@@ -67,6 +73,18 @@ def test_a_conversion_that_can_be_used():
     ]
     assert advice(suggestion(dsmoe=[1.01, 1.02, 1.05]))[1:] == [
         "dsmoe can be used as it is at all of them, 5.0% at the lowest."
+    ]
+
+
+def test_what_thresholds_would_give():
+    said = advice(suggestion(dsmoe=[1.09, 1.5, 20.0], dsmoe_thresholds=[1.02, 1.14, None]))
+    assert said == [
+        "Without training, predicted to lose least: dsmoe-thresholds at 0.75 (2.0%) and 0.5 (14%); "
+        "dsmoe at 0.25 (20.0 times the perplexity).",
+        "dsmoe can be used as it is at 0.75 (9.0%); it loses 50% at 0.5 and 20.0 times the "
+        "perplexity at 0.25, so convert there only if you will train.",
+        "With thresholds within its blocks, which save weights and on a CPU no time (--preset "
+        "thresholds), it is predicted to lose 2.0% at 0.75 and 14% at 0.5.",
     ]
 
 

@@ -11,7 +11,7 @@ from moesaic.cli.main import main
 from moesaic.recipes import comparison
 from moesaic.recipes.comparison.process import do_piece
 
-METHODS = ("dsmoe", "flap", "wanda", "teal", "neuron-bound", "block-bound")
+METHODS = ("dsmoe", "dsmoe-thresholds", "flap", "wanda", "teal", "neuron-bound", "block-bound")
 
 
 @pytest.fixture(scope="module")

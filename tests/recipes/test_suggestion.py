@@ -27,7 +27,7 @@ from moesaic.recipes.comparison import (
 from moesaic.recipes.comparison.process import do_piece
 from moesaic.recipes.suggestion import TrialConfig, suggest_cells
 from moesaic.recipes.suggestion.reading import Reading, unseen_blocks
-from moesaic.recipes.suggestion.run import checked_budgets, predict
+from moesaic.recipes.suggestion.run import checked_budgets, predict, thresholded
 from moesaic.recipes.suggestion.trials import Fitted, Parent, Placed, Trial
 
 TRIALS = TrialConfig(first_blocks=4, most_blocks=16, fit_steps=3, fit_tokens=512)
@@ -157,18 +157,39 @@ def test_what_is_suggested(root):
     assert suggestion.budgets == (0.75, 0.5)
     assert [(p.method, p.budget) for p in suggestion.predictions] == [
         (method, budget)
-        for method in ("dsmoe", "flap", "wanda", "teal", "neuron-bound", "block-bound")
+        for method in (
+            "dsmoe",
+            "dsmoe-thresholds",
+            "flap",
+            "wanda",
+            "teal",
+            "neuron-bound",
+            "block-bound",
+        )
         for budget in (0.75, 0.5)
     ]
     by_cell = {(p.method, p.budget): p for p in suggestion.predictions}
     for budget in suggestion.budgets:
         # A bound knows the outputs; on so little text it may still be a little worse.
         assert by_cell["block-bound", budget].loss < by_cell["dsmoe", budget].loss + 0.02
+        assert abs(by_cell["dsmoe-thresholds", budget].active - budget) < 0.02
         assert abs(by_cell["neuron-bound", budget].active - budget) < 0.02
         assert by_cell["flap", budget].static
     # The parent is as it was: its weights, and no hook that cuts neurons.
     assert all(torch.equal(before[name], value) for name, value in dense.state_dict().items())
     assert not any(module._forward_pre_hooks for module in dense.modules())
+
+
+def test_thresholds_are_suggested_where_there_are_none_and_can_be():
+    plain = DSMoE(experts=8)
+    assert thresholded(plain) == replace(plain, kept=None, inputs=None)
+    for other in (
+        replace(plain, kept=0.8),
+        replace(plain, compensate=True),
+        replace(plain, init="open"),
+        CMoE(experts=4),
+    ):
+        assert thresholded(other) is None
 
 
 def test_a_method_that_refuses_a_budget_says_why(root):

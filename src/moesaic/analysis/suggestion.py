@@ -20,6 +20,8 @@ USABLE = 0.1
 LOST = 1.0
 # How far a prediction may be from what is measured.
 CLOSE = 0.15
+# DSMoE with thresholds within its blocks.
+THRESHOLDS = "dsmoe-thresholds"
 PREDICTION_COLUMNS = ("method", "active", "predicted", "measured", "off")
 # A fraction that is off its budget by more is not compared: a trial reads less text.
 _OFF_BUDGET = 2 * TOLERANCE
@@ -104,10 +106,10 @@ class Suggestion:
 
 
 def advice(suggestion: Suggestion) -> list[str]:
-    """Say what to do, in one to three sentences.
+    """Say what to do, in one to four sentences.
 
-    Which method is predicted best at each budget; what that means for the conversion; and where
-    static pruning is the better choice.
+    Which method is predicted best at each budget; what that means for the conversion; what
+    thresholds within its blocks would give; and where static pruning is the better choice.
     """
     best = [order[0] for budget in suggestion.budgets if (order := suggestion.at(budget))]
     if not best:
@@ -116,7 +118,7 @@ def advice(suggestion: Suggestion) -> list[str]:
     own = [p for budget in suggestion.budgets if (p := suggestion.own(budget)) is not None]
     if own:
         sentences.append(_what_to_do(suggestion, own))
-        sentences += _pruning(suggestion, own)
+        sentences += _with_thresholds(suggestion) + _pruning(suggestion, own)
     return sentences
 
 
@@ -139,6 +141,18 @@ def _what_to_do(suggestion: Suggestion, own: Sequence[Prediction]) -> str:
         return f"{name} loses {losses}: do not convert without training."
     instead = f", or take {least_loss.budget:g}" if len(own) > 1 else ""
     return f"{name} loses {losses}: convert only if you will train{instead}."
+
+
+def _with_thresholds(suggestion: Suggestion) -> list[str]:
+    """What thresholds within the blocks of the conversion would give."""
+    found = [p for budget in suggestion.budgets for p in suggestion.at(budget)]
+    losses = [f"{_loss(p)} at {p.budget:g}" for p in found if p.method == THRESHOLDS]
+    if not losses:
+        return []
+    return [
+        "With thresholds within its blocks, which save weights and on a CPU no time (--preset "
+        f"thresholds), it is predicted to lose {_list(losses)}."
+    ]
 
 
 def _pruning(suggestion: Suggestion, own: Sequence[Prediction]) -> list[str]:

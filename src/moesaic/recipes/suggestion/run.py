@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from moesaic._errors import CheckpointError, InputError, RunError
 from moesaic._progress import SILENT, Progress
 from moesaic.analysis.comparison import BOUND
-from moesaic.analysis.suggestion import Prediction, Suggestion
+from moesaic.analysis.suggestion import THRESHOLDS, Prediction, Suggestion
 from moesaic.calibration import CalibrationConfig, CalibrationStats, calibrate
 from moesaic.compression.pruning.flap import FLAP
 from moesaic.compression.pruning.wanda import Wanda
@@ -44,7 +44,7 @@ from moesaic.recipes.suggestion.reading import Reading, TrialConfig
 from moesaic.recipes.suggestion.trials import Parent, Trial
 
 BUDGETS = (0.75, 0.625, 0.5, 0.375, 0.25)
-# What could be done instead of a conversion.
+# Compressions that could be done instead of a conversion.
 _INSTEAD: dict[str, Any] = {"flap": FLAP(), "wanda": Wanda(), "teal": TEAL()}
 
 
@@ -62,8 +62,9 @@ def suggest(
     """Predict what a conversion loses without training, and what could be done instead.
 
     Beside it are static pruning of neurons (FLAP) and of single weights (Wanda), thresholds on
-    activations (TEAL), the bound on neurons and, for DSMoE with fitted routers, that on its blocks.
-    `moesaic.analysis.advice` puts the answer into words. Takes memory for three models.
+    activations (TEAL) and the bound on neurons; for DSMoE with fitted routers also itself with
+    thresholds within its blocks, unless it has some, and the bound on its blocks.
+    `moesaic.analysis.advice` puts the answer into words. Takes memory for four models.
 
     Args:
         model: A dense model, which stays as it is, or where to load one from.
@@ -118,6 +119,15 @@ def collectors_of(config: Any) -> tuple[str, ...]:
     return tuple(sorted(needed.union(config.collectors())))
 
 
+def thresholded(config: Any) -> DSMoE | None:
+    """Settings of DSMoE with thresholds within its blocks; none where they have some or cannot."""
+    if not isinstance(config, DSMoE) or not config.kept == config.inputs == 1.0:
+        return None
+    if config.init != "gram" or config.compensate:
+        return None
+    return dataclasses.replace(config, kept=None, inputs=None)
+
+
 def checked_budgets(budgets: Sequence[float]) -> tuple[float, ...]:
     """Budgets, highest first.
 
@@ -161,6 +171,8 @@ def suggest_from(
     name = conversion_of(config).name
     parent = Parent(dense=dense, stats=stats, config=trials, progress=progress)
     methods = [parent.trial(name, "convert", name, _settings(config))]
+    if (cut := thresholded(config)) is not None:
+        methods.append(parent.trial(THRESHOLDS, "convert", name, _settings(cut)))
     methods += [
         parent.trial(other, "compress", other, _settings(settings))
         for other, settings in _INSTEAD.items()
