@@ -230,6 +230,20 @@ def test_one_fit_settles_on_one_budget_after_the_other(root, tmp_path, bypass, r
     assert any(not torch.equal(other[name], value) for name, value in first.items())
 
 
+def test_of_many_fits_two_stay(root, tmp_path):
+    """Each holds a model."""
+    dense = load_dense(str(root / "dense"))
+    config = DSMoE(experts=8, fit_steps=1)
+    stats = mo.calibrate(
+        dense, split(root).train, config.collectors(), mo.CalibrationConfig(tokens=256), tmp_path
+    )
+    parent = Parent(dense=dense, stats=stats, config=TRIALS)
+    first, second, third = (replace(config, experts=experts) for experts in (2, 4, 8))
+    made = [parent.fitted(one) for one in (first, second, third)]
+    assert [parent.fitted(one) for one in (second, third)] == made[1:]
+    assert parent.fitted(first) is not made[0]
+
+
 def test_a_short_fit_is_held_to_what_a_few_layers_lose_in_full(root, tmp_path):
     dense = load_dense(str(root / "dense"))
     config = DSMoE(experts=8, fit_steps=30, active=0.5)

@@ -114,10 +114,13 @@ class Parent:
         return Trial(name=name, kind=kind, static=static, at=place)
 
     def fitted(self, config: DSMoE) -> Fitted:
-        """DSMoE with some settings, fitted once for all budgets."""
+        """DSMoE with some settings, fitted once for budgets that are asked about in a row."""
         config = dataclasses.replace(config, active=_FIT_AT)
         key = json.dumps(to_plain(config), sort_keys=True)
         if key not in self._fitted:
+            # Each holds a model: of many settings the last two stay.
+            while len(self._fitted) > 1:
+                del self._fitted[next(iter(self._fitted))]
             self._fitted[key] = Fitted(self, config)
         return self._fitted[key]
 
