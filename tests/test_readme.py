@@ -117,6 +117,7 @@ def test_what_the_text_says_of_the_demo_is_in_its_record():
         ("half", 0.5, "without training", False, 5),
         ("half", 0.5, "after training", True, None),
         ("three eighths", 0.375, "without training", False, 4),
+        ("a quarter", 0.25, "without training", False, 4),
     ],
 )
 def test_what_a_part_of_the_weights_loses_is_in_the_committed_comparison(
