@@ -71,6 +71,8 @@ def protocol(root, **options):
                 "dsmoe": {"convert": "dsmoe", "options": {"experts": 8, "fit_steps": 20}},
                 "flap": {"compress": "flap", "options": {"multiple": 1}},
                 "teal": {"compress": "teal"},
+                # Measured, and no method to be predicted.
+                "neurons": {"bound": "neuron-bound"},
             },
         }
         | options
@@ -101,7 +103,7 @@ def test_cells_are_predicted_in_parts(root, tmp_path):
     wide = protocol(root, budgets=[0.5, 0.3], methods={"flap": {"compress": "flap"}})
     few = TrialConfig(first_blocks=1, most_blocks=1)
     assert [p.budget for p in suggest_cells(of, tmp_path, all_cells(of), few)] == [0.5]
-    with pytest.raises(InputError, match="of cells without training, and none is selected"):
+    with pytest.raises(InputError, match="of methods without training, and none is selected"):
         suggest_cells(of, tmp_path, [replace(cell, trained=True) for cell in all_cells(of)])
     both = suggest_cells(wide, tmp_path, all_cells(wide)[1:], few)
     assert [p.budget for p in both] == [0.5, 0.3]

@@ -11,6 +11,7 @@ from pathlib import Path
 from moesaic._config import to_plain
 from moesaic._errors import InputError
 from moesaic._progress import SILENT, Progress
+from moesaic.analysis.comparison import BOUND
 from moesaic.analysis.suggestion import Prediction
 from moesaic.recipes.claim import claim, held
 from moesaic.recipes.comparison.cells import Cell
@@ -21,7 +22,7 @@ from moesaic.recipes.comparison.run import check, collectors_for, gather, grid_o
 from moesaic.recipes.comparison.shared import Shared
 from moesaic.recipes.suggestion.reading import Reading, TrialConfig
 from moesaic.recipes.suggestion.run import predict
-from moesaic.recipes.suggestion.trials import Parent
+from moesaic.recipes.suggestion.trials import Parent, Trial
 
 
 def suggest_cells(
@@ -42,8 +43,8 @@ def suggest_cells(
     Args:
         protocol: What is compared.
         directory: Of the results.
-        cells: Which to predict; those that are trained are passed over, and of those that differ
-            by their seed one is.
+        cells: Which to predict; those that are trained and bounds are passed over, and of those
+            that differ by their seed one is predicted.
         trials: How much work they are.
         progress: Told of every stage.
         redo: Whether to predict again what these settings and trials have predicted.
@@ -58,12 +59,14 @@ def suggest_cells(
     check(protocol)
     seed = protocol.seeds[0]
     wanted = dict.fromkeys(
-        dataclasses.replace(cell, seed=seed) for cell in cells if not cell.trained
+        dataclasses.replace(cell, seed=seed)
+        for cell in cells
+        if not cell.trained and protocol.methods[cell.method].kind != BOUND
     )
     if not wanted:
         raise InputError(
-            "predictions are of cells without training, and none is selected; add false to "
-            "protocol.trained or leave out trained=true"
+            "predictions are of methods without training, and none is selected; add false to "
+            "protocol.trained, or leave out trained=true and names of bounds"
         )
     grid = grid_of(protocol)
     with held(directory):
@@ -94,17 +97,18 @@ def _predict(
     stats = shared.stats(tuple(needed))
     dense = shared.dense()
     parent = Parent(dense=dense, stats=stats, config=trials, progress=progress)
-    seed = protocol.seeds[0]
-    methods = {
-        name: parent.trial(name, method.kind, method.method, partial(method.config, seed=seed))
-        for name, method in protocol.methods.items()
-    }
+
+    def trial(cell: Cell) -> Trial:
+        method = protocol.methods[cell.method]
+        at = partial(method.config, seed=cell.seed)
+        return parent.trial(cell.method, method.kind, method.method, at)
+
     calibration = protocol.calibration
     num_calibrated = calibration.tokens // protocol.data.block
     reading = Reading(dense, shared.split.train, num_calibrated, calibration.seed, trials, progress)
     settings = grid_of(protocol).settings
     start = time.perf_counter()
-    found = predict([(methods[c.method], c.active) for c in cells], reading, dense, progress)
+    found = predict([(trial(cell), cell.active) for cell in cells], reading, dense, progress)
     for cell, prediction in zip(cells, found, strict=True):
         seconds = {"total": round(time.perf_counter() - start, 2)}
         line = {
