@@ -31,6 +31,25 @@ def test_the_rule_keeps_what_loses_least_of_all_that_was_tried():
     assert FOUND["thresholds"]["ratio"] <= min(others)
 
 
+def test_smaller_blocks_lose_less():
+    sizes = [f"experts-{experts}" for experts in (8, 16, 32, 64)]
+    ratios = [FOUND[name]["ratio"] for name in (*sizes, "whole-blocks", "experts-192")]
+    assert ratios == sorted(ratios, reverse=True)
+
+
+def test_neurons_that_fire_together_belong_into_one_block():
+    assert FOUND["partition-contiguous"]["low"] > 1.4 * FOUND["whole-blocks"]["ratio"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["partition-learned", "shared-12", "router-rank-32", "compensate", "allocation-uniform"],
+)
+def test_what_no_default_has_is_within_the_interval(name):
+    ours = FOUND["whole-blocks"]
+    assert ours["low"] <= FOUND[name]["ratio"] <= ours["high"]
+
+
 def test_the_page_shows_every_prediction():
     page = hooks.render("<!-- settings -->")
     rows = [row for row in page.splitlines() if row.startswith("| ")][2:]

@@ -33,8 +33,8 @@ class TrialConfig:
         first_blocks: Blocks of each domain that every trial reads.
         most_blocks: Blocks of each domain that it reads at most, where the interval stays wide.
         fit_steps: Steps of the fit of each DSMoE router.
-        fit_tokens: Calibration tokens of that fit.
-        sample_tokens: Calibration tokens of compressions that go by the size of activations.
+        fit_tokens: Calibration tokens of that fit, and of Wanda.
+        sample_tokens: Calibration tokens of TEAL.
     """
 
     first_blocks: int = 2

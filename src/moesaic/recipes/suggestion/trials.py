@@ -35,8 +35,6 @@ from moesaic.recipes.suggestion.reading import TrialConfig
 _FIT_AT = 0.5
 # Layers that are fitted in full as well, evenly spaced.
 _IN_FULL = 3
-# Compressions that go by the size of activations, which few tokens tell.
-_BY_SIZE = ("teal", "wanda")
 
 
 class Placed(NamedTuple):
@@ -97,8 +95,10 @@ class Parent:
         """
         static = "static" in METHODS[kind][method].abilities
         stats = self.stats
-        if stats is not None and method in _BY_SIZE:
-            stats = stats.thinned(self.config.sample_tokens)
+        # What goes by the size of activations needs no more.
+        enough = {"teal": self.config.sample_tokens, "wanda": self.config.fit_tokens}
+        if stats is not None and method in enough:
+            stats = stats.thinned(enough[method])
 
         @contextmanager
         def place(budget: float) -> Iterator[Placed]:
