@@ -36,7 +36,7 @@ from moesaic.recipes.comparison import (
     select,
     write_comparison,
 )
-from moesaic.recipes.comparison.lines import NAME, add_line
+from moesaic.recipes.comparison.lines import RESULTS, add_line
 from moesaic.recipes.comparison.process import Outcome
 from moesaic.recipes.comparison.run import grid_of
 
@@ -474,9 +474,9 @@ def test_a_damaged_line_is_named(tmp_path):
     add_line(tmp_path, {**cell, "active": 0.25})
     add_line(tmp_path, {**cell, "again": True})
     assert [line["active"] for line in read_lines(tmp_path)] == [0.25, 0.5]
-    with (tmp_path / NAME).open("a") as handle:
+    with (tmp_path / RESULTS).open("a") as handle:
         handle.write('{"method": "b"}\n')
-    with pytest.raises(CheckpointError, match="line 3, is no result of a cell"):
+    with pytest.raises(CheckpointError, match="line 3, is no line of a cell"):
         read_lines(tmp_path)
 
 
