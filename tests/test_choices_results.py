@@ -1,13 +1,15 @@
 """What was predicted of the choices in DSMoE: by the committed protocol, and what we say of it."""
 
 import pytest
-from committed import check_line, predictions_of
+from committed import check_line
 from test_house import ROOT, hooks
 
 from moesaic.recipes.comparison import read_protocol
+from moesaic.recipes.comparison.lines import PREDICTIONS
+from moesaic.recipes.comparison.run import grid_of
 
 PROTOCOL = read_protocol(ROOT / "bench" / "choices.yaml")
-LINES = predictions_of("choices")
+LINES = grid_of(PROTOCOL).lines(ROOT / "bench" / "results" / "choices", PREDICTIONS)
 FOUND = {cell.method: line["prediction"] for cell, line in LINES.items()}
 
 

@@ -4,19 +4,20 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from committed import check_line, lines_of, predictions_of
+from committed import check_line
 from test_house import ROOT
 
 from moesaic.analysis import checks
 from moesaic.analysis.comparison import entries, verdict
 from moesaic.conversion.dsmoe import PRESETS
 from moesaic.recipes.comparison import read_protocol, write_comparison
-from moesaic.recipes.comparison.run import gather
+from moesaic.recipes.comparison.lines import PREDICTIONS
+from moesaic.recipes.comparison.run import gather, grid_of
 
 HOME = ROOT / "bench" / "results" / "quality"
 PROTOCOL = read_protocol(ROOT / "bench" / "quality.yaml")
-LINES = lines_of("quality")
-PREDICTIONS = predictions_of("quality")
+LINES = grid_of(PROTOCOL).lines(HOME)
+PREDICTED = grid_of(PROTOCOL).lines(HOME, PREDICTIONS)
 # Whole blocks, and with thresholds within them.
 OURS = ("dsmoe", "dsmoe-thresholds")
 
@@ -42,13 +43,13 @@ def test_cells_were_measured_by_the_committed_protocol_from_a_clean_tree(cell):
     check_line(PROTOCOL, cell, LINES[cell])
 
 
-@pytest.mark.parametrize("cell", PREDICTIONS, ids=lambda cell: cell.key)
+@pytest.mark.parametrize("cell", PREDICTED, ids=lambda cell: cell.key)
 def test_predictions_are_those_of_the_committed_protocol_from_a_clean_tree(cell):
-    check_line(PROTOCOL, cell, PREDICTIONS[cell])
+    check_line(PROTOCOL, cell, PREDICTED[cell])
 
 
 def test_the_report_is_that_of_the_lines(tmp_path):
-    for name in ("results.jsonl", "dense.json", "run.json", "predictions.jsonl"):
+    for name in ("results.jsonl", "dense.json", "run.json", PREDICTIONS):
         shutil.copy(HOME / name, tmp_path)
     write_comparison(PROTOCOL, tmp_path)
     assert (HOME / "report.md").read_text() == (tmp_path / "report.md").read_text()

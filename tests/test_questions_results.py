@@ -3,10 +3,11 @@
 import shutil
 
 import pytest
-from committed import check_line, lines_of
+from committed import check_line
 from test_house import ROOT, hooks
 
 from moesaic.recipes.comparison import build_protocol, write_comparison
+from moesaic.recipes.comparison.run import grid_of
 from moesaic.recipes.recipe import read_values
 
 HOME = ROOT / "bench" / "results" / "questions"
@@ -18,7 +19,7 @@ PROTOCOL = build_protocol(
         ("questions.per_domain=50",),
     )
 )
-LINES = lines_of("questions")
+LINES = grid_of(PROTOCOL).lines(HOME)
 
 
 @pytest.mark.parametrize("cell", LINES, ids=lambda cell: cell.key)

@@ -75,11 +75,11 @@ def verify(
     for ids_1S, away_S in zip(ids_BS.split(1), away_BS, strict=True):
         # What is no number is off too.
         off_S = ~(away_S <= TOLERANCE * largest)
-        start = len(away_S)
-        if off_S.any() and near_ties(model, ids_1S)[: int(off_S.int().argmax()) + 1].any():
-            start = int(off_S.int().argmax())
-        tied += len(away_S) - start
-        difference = max([difference, *away_S[:start].nan_to_num(torch.inf).tolist()])
+        first = int(off_S.int().argmax())
+        if off_S.any() and near_ties(model, ids_1S)[: first + 1].any():
+            tied += len(away_S) - first
+            away_S = away_S[:first]
+        difference = max([difference, *away_S.nan_to_num(torch.inf).tolist()])
     difference /= largest
     if not difference <= TOLERANCE or tied > _MOST_TIED * ids_BS.numel():
         difference = float(torch.cat(away_BS).max()) / largest
@@ -128,7 +128,7 @@ def near_ties(model: PreTrainedModel, ids_1S: Tensor) -> Tensor:
     def look(router: Router, _: Any, routing: Routing) -> None:
         tied_S.logical_or_(_is_near(router, routing).cpu())
 
-    routers = [layer.router for layer in moe_layers(model) if layer.router is not None]
+    routers = [router for layer in moe_layers(model) for router in layer.routers()]
     with hooked(router.register_forward_hook(look) for router in routers):
         model(input_ids=ids_1S, use_cache=False)
     return tied_S

@@ -21,7 +21,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +121,10 @@ def collectors_of(config: Any) -> tuple[str, ...]:
 
 def thresholded(config: Any) -> DSMoE | None:
     """Settings of DSMoE with thresholds within its blocks; none where they have some or cannot."""
-    if not isinstance(config, DSMoE) or not config.kept == config.inputs == 1.0:
-        return None
-    if config.init != "gram" or config.compensate:
-        return None
-    return dataclasses.replace(config, kept=None, inputs=None)
+    if isinstance(config, DSMoE) and config.kept == config.inputs == 1.0:
+        with suppress(InputError):
+            return dataclasses.replace(config, kept=None, inputs=None)
+    return None
 
 
 def checked_budgets(budgets: Sequence[float]) -> tuple[float, ...]:
